@@ -1,0 +1,12 @@
+"""A first model, on stories that our own grammar tells (data/grammar.txt): no download, no GPU.
+
+    python train.py config/demo.py
+"""
+dataset = "sample"
+n_layer, n_head, n_embd, block_size = 3, 3, 192, 256
+batch_tokens = 2_048
+max_steps = 1_800
+learning_rate = 2e-2            # small models like large steps, and many of them
+weight_decay = 0.1
+eval_interval = 600
+eval_tokens = 40_960

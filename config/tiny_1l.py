@@ -1,0 +1,7 @@
+"""The paper's 21M model with one layer: wide and shallow, it knows words but loses the plot.
+
+    python train.py config/tiny_1l.py
+"""
+dataset = "tinystories"
+n_layer, n_head, n_embd, block_size = 1, 16, 1024, 512
+learning_rate = 2.5e-3

@@ -1,0 +1,7 @@
+"""The paper's 33M model with two layers of width 1024.
+
+    python train.py config/tiny_2l.py
+"""
+dataset = "tinystories"
+n_layer, n_head, n_embd, block_size = 2, 16, 1024, 512
+learning_rate = 2.5e-3

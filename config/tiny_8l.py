@@ -1,0 +1,9 @@
+"""The paper's 8M model (its shape, our architecture): 8 layers of width 256, on TinyStories.
+
+    python train.py config/tiny_8l.py
+"""
+dataset = "tinystories"
+n_layer, n_head, n_embd, block_size = 8, 4, 256, 512
+batch_tokens = 65_536           # on a smaller GPU lower micro_batch, not this
+max_steps = 7_000               # one epoch
+learning_rate = 5e-3

@@ -1,0 +1,267 @@
+"""How does a transformer turn the words so far into a guess at the next one?
+
+A decoder-only transformer, written out by hand: GPT(config)(idx, targets) -> logits, loss. One class, a few switches;
+two settings of them matter. "Ours" is the default: rotary positions, RMS norm, normalised queries and keys, squared ReLU,
+output projections that start at zero. The paper's is GPT-Neo (arXiv 2305.07759): learned positions, LayerNorm, GELU,
+biases, and attention that looks only a window back in every second layer. See config/paper_8m.py.
+
+Single letters are axes:  B rows in the batch   T tokens in a row   S tokens that can be looked at (cache and row)
+                          C width (n_embd)      H heads             D width of a head (C / H)      V vocabulary
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 10_000    # entries of the tokenizer; ids are 0 .. vocab_size - 1
+    block_size: int = 512       # the longest row that the model can read, in tokens
+    n_layer: int = 8
+    n_head: int = 4
+    n_embd: int = 256           # width of the residual stream
+    pos: str = "rope"           # where a token stands: rope (turn queries and keys) or learned (add a vector)
+    norm: str = "rms"           # rms (no weights) or layer (LayerNorm)
+    act: str = "relu2"          # relu2 (squared ReLU) or gelu
+    qk_norm: bool = True        # give queries and keys unit size, so that attention cannot saturate
+    bias: bool = False          # biases in the linear layers (queries, keys and values never have one, as in GPT-Neo)
+    window: int = 0             # layers 1, 3, 5 ... look at most this many tokens back; 0: all look at everything
+    zero_init: bool = True      # output projections start at zero: at first, each block passes its input through
+    value_residual: bool = True # every layer mixes the first layer's values into its own (arXiv 2410.17897)
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        if self.pos == "rope" and (self.n_embd // self.n_head) % 2:
+            raise ValueError(f"rope needs heads of even width, not n_embd / n_head = {self.n_embd // self.n_head}")
+        for name, ways in (("pos", ("rope", "learned")), ("norm", ("rms", "layer")), ("act", ("relu2", "gelu"))):
+            if getattr(self, name) not in ways:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(ways)}")
+        if self.window < 0 or not 0 <= self.dropout < 1:
+            raise ValueError("window must not be negative, and dropout must lie in [0, 1)")
+
+
+class RMSNorm(nn.Module):
+    """Divide each vector by its root mean square."""
+
+    def forward(self, x):
+        return F.rms_norm(x, (x.size(-1),))
+
+
+def make_norm(config):
+    return RMSNorm() if config.norm == "rms" else nn.LayerNorm(config.n_embd)
+
+
+def rotary_table(length, D, base=10_000.0):
+    """Cosines and sines of the angles by which position t turns pair i of a head, each (length, D / 2)."""
+    speed = base ** (-torch.arange(0, D, 2).float() / D)                # from one radian a token to almost none
+    angle = torch.arange(length).float()[:, None] * speed               # (length, D / 2)
+    return torch.stack((angle.cos(), angle.sin()))                      # (2, length, D / 2)
+
+
+def rotate(x, table):
+    """Turn x (B, H, T, D) by `table` (2, T, D / 2): products of queries and keys then depend on their distance alone."""
+    cos, sin = table.to(x.dtype)
+    a, b = x.chunk(2, dim=-1)                                           # each (B, H, T, D / 2)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)    # (B, H, T, D)
+
+
+class Cache:
+    """The keys and values of the tokens read so far, for every layer, so that no token is read twice."""
+
+    def __init__(self, config, rows, device, dtype):
+        shape = (config.n_layer, rows, config.n_head, config.block_size, config.n_embd // config.n_head)
+        self.k = torch.empty(shape, device=device, dtype=dtype)         # (layers, B, H, block_size, D)
+        self.v = torch.empty_like(self.k)
+        self.length = 0                                                 # tokens in it
+
+    def extend(self, layer, k, v):
+        """Append k and v (B, H, T, D) to a layer; return all of its keys and values (B, H, S, D)."""
+        S = self.length + k.size(2)
+        self.k[layer, :, :, self.length:S], self.v[layer, :, :, self.length:S] = k, v
+        return self.k[layer, :, :, :S], self.v[layer, :, :, :S]
+
+
+class Attention(nn.Module):
+    """Each token gathers from the tokens before it what it asks for."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        C = config.n_embd
+        self.layer, self.n_head, self.qk_norm, self.dropout = layer, config.n_head, config.qk_norm, config.dropout
+        self.window = config.window if layer % 2 else 0
+        self.query, self.key, self.value = (nn.Linear(C, C, bias=False) for _ in range(3))
+        self.out = nn.Linear(C, C, bias=config.bias)
+        mixes = config.value_residual and layer > 0
+        self.mix = nn.Parameter(torch.tensor(0.5)) if mixes else None   # the share of the first layer's values
+
+    def forward(self, x, rotary=None, first=None, cache=None):
+        """x (B, T, C), the values of the first layer (B, H, T, D) or None -> (B, T, C), those values."""
+        B, T, C = x.shape
+        q, k, v = (project(x).view(B, T, self.n_head, -1).transpose(1, 2)             # each (B, H, T, D)
+                   for project in (self.query, self.key, self.value))
+        if self.qk_norm:
+            q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        first = v if first is None else first
+        if self.mix is not None:
+            v = torch.lerp(v, first, self.mix.to(v.dtype))
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)                                     # (B, H, S, D)
+        S, mask = k.size(2), None
+        if T > 1 and S > T or 0 < self.window < S:    # else the plain causal rule does, and the fast kernels apply
+            i, j = torch.arange(S - T, S, device=x.device)[:, None], torch.arange(S, device=x.device)
+            mask = (j <= i) & (j > i - (self.window or S))                            # (T, S): may i look at j?
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1,
+                                           dropout_p=self.dropout if self.training else 0.0)
+        return self.out(y.transpose(1, 2).reshape(B, T, C)), first
+
+
+class MLP(nn.Module):
+    """Each token thinks for itself: widen, cut off, narrow."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.act = {"relu2": lambda x: F.relu(x).square(), "gelu": lambda x: F.gelu(x, approximate="tanh")}[config.act]
+        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        return self.down(self.act(self.up(x)))      # (B, T, C) -> (B, T, 4 C) -> (B, T, C)
+
+
+class Block(nn.Module):
+    """A layer: attention, then the MLP, each reading a normalised copy of the stream and adding to it."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.norm_1, self.attention = make_norm(config), Attention(config, layer)
+        self.norm_2, self.mlp = make_norm(config), MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, rotary=None, first=None, cache=None):
+        y, first = self.attention(self.norm_1(x), rotary, first, cache)
+        x = x + self.drop(y)
+        return x + self.drop(self.mlp(self.norm_2(x))), first
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config, C = config, config.n_embd
+        padded = math.ceil(config.vocab_size / 64) * 64     # matrix units want round sizes; the rest is never drawn
+        self.token_embedding = nn.Embedding(padded, C)      # its transpose is the head, too
+        self.position_embedding = nn.Embedding(config.block_size, C) if config.pos == "learned" else None
+        rotary = rotary_table(config.block_size, C // config.n_head) if config.pos == "rope" else None
+        self.register_buffer("rotary", rotary, persistent=False)
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = make_norm(config)
+        self.apply(self._init)
+        for block in self.blocks:       # 2 n_layer of these add to the stream: together they keep its size (GPT-2)
+            for down in (block.attention.out, block.mlp.down):
+                nn.init.normal_(down.weight, std=0.0 if config.zero_init else 0.02 / math.sqrt(2 * config.n_layer))
+
+    def _init(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def forward(self, idx, targets=None, cache=None):
+        """idx (B, T) int64 token ids -> logits (B, T, V padded to a multiple of 64), loss in nats per token.
+
+        targets (B, T): the id that follows each token, -1 where nothing is asked. Without targets the loss is None.
+        cache: a Cache that holds the tokens before idx; idx is added to it."""
+        start, end = (cache.length if cache else 0), (cache.length if cache else 0) + idx.size(1)
+        if end > self.config.block_size:
+            raise ValueError(f"{end} tokens do not fit into the context of {self.config.block_size}")
+        x = self.token_embedding(idx)                                       # (B, T, C)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding.weight[start:end]
+        x = self.drop(x)
+        rotary = None if self.rotary is None else self.rotary[:, start:end]
+        first = None
+        for block in self.blocks:
+            x, first = block(x, rotary, first, cache)
+        if cache:
+            cache.length = end
+        logits = F.linear(self.norm(x), self.token_embedding.weight)        # (B, T, V)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+
+    def count_parameters(self, embeddings=True):
+        left_out = () if embeddings else (self.token_embedding, self.position_embedding)
+        return sum(p.numel() for p in self.parameters()) - sum(m.weight.numel() for m in left_out if m is not None)
+
+    def flops_per_token(self):
+        """Operations of one training step per token: 6 for each weight of a matrix product, and the attention's own."""
+        c = self.config
+        return 6 * self.count_parameters() + 12 * c.n_layer * c.n_embd * c.block_size
+
+    @torch.no_grad()
+    def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=None, seed=0):
+        """Continue many prompts (B lists of ids, of any lengths of 1 or more) at once; yield as each token is written.
+
+        Each yield is a list of B entries: the new id, or None for a row that still reads its prompt or has ended.
+        A row ends with the id `stop` (which is yielded) or after max_new_tokens. The rows march in step from
+        position 0: while a short prompt is being continued, a longer one is still being read, so nothing is padded."""
+        if not prompts or not min(map(len, prompts)):
+            raise ValueError("a prompt needs at least one token (the end mark starts a story)")
+        was_training, device, B = self.training, self.token_embedding.weight.device, len(prompts)
+        generator = torch.Generator().manual_seed(seed)         # on the CPU: the same draw on every device
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        tokens = torch.zeros(B, int(lengths.max()) + max_new_tokens, dtype=torch.long)
+        for row, prompt in zip(tokens, prompts):
+            row[:len(prompt)] = torch.tensor(prompt)
+        cache = Cache(self.config, B, device, self.token_embedding.weight.dtype)
+        t, new, alive = int(lengths.min()), int(lengths.min()), torch.full((B,), max_new_tokens > 0)
+        self.eval()
+        while alive.any():
+            if cache.length + new > self.config.block_size:     # full: go on with the newer half of what stands there
+                cache.length, new = 0, min(t, max(1, self.config.block_size // 2))
+            logits = self(tokens[:, t - new:t].to(device), cache=cache)[0][:, -1, :self.config.vocab_size]   # (B, V)
+            drawn = draw(logits, temperature, top_k, top_p, generator).cpu()                                 # (B,)
+            writes = alive & (t >= lengths)
+            tokens[:, t] = torch.where(t < lengths, tokens[:, t], drawn)
+            yield [int(token) if write else None for token, write in zip(tokens[:, t], writes)]
+            t, new = t + 1, 1
+            alive &= (t < lengths + max_new_tokens) & ~(writes & (drawn == (-1 if stop is None else stop)))
+        self.train(was_training)
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=None, seed=0):
+        """Continue B prompts (as in `stream`) -> B lists of new ids, without `stop`."""
+        written = [[] for _ in idx]
+        for tokens in self.stream(idx, max_new_tokens, temperature, top_k, top_p, stop, seed):
+            for row, token in zip(written, tokens):
+                if token is not None and token != stop:
+                    row.append(token)
+        return written
+
+
+def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """Draw one id a row from logits (B, V) -> (B,). Temperature 0 takes the likeliest; top_k keeps the k likeliest;
+    top_p keeps the likeliest whose probabilities add up to p (arXiv 1904.09751)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.float() / temperature
+    if 0 < top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    probs = F.softmax(logits, dim=-1)                           # (B, V)
+    if top_p < 1:
+        ordered, order = probs.sort(dim=-1, descending=True)
+        tail = ordered.cumsum(dim=-1) - ordered >= top_p        # what comes before already adds up to p
+        probs = torch.zeros_like(probs).scatter(1, order, ordered.masked_fill(tail, 0.0))
+    heights = probs.cumsum(dim=-1)                              # one uniform number a row, looked up on this ladder
+    u = torch.rand(logits.size(0), 1, generator=generator).to(heights.device) * heights[:, -1:]
+    return torch.searchsorted(heights, u, right=True).squeeze(1).clamp(max=logits.size(-1) - 1)

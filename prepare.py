@@ -1,0 +1,550 @@
+"""How do stories become the numbers that a model reads?
+
+    python prepare.py sample                # told by data/grammar.txt: no download, half a minute
+    python prepare.py tinystories           # what the paper trained on (V1): a download of 1.9 GB
+    python prepare.py tinystories-v2        # the part of it that GPT-4 wrote, and more: 2.2 GB
+    python prepare.py instruct              # TinyStories-Instruct: 2.7 GB; sample-instruct: the same from the grammar
+    python prepare.py mine --input stories.txt [--valid other.txt]      # your own, in any language
+
+It writes data/<name>/train.bin and val.bin (uint16 token ids; the id of <|endoftext|> follows each story), tokenizer.tiktoken
+(the tokens in order of rank, as tiktoken stores them) and, last, meta.json: without it, nothing is there.
+"""
+
+import argparse
+import base64
+import hashlib
+import heapq
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+MARK = "<|endoftext|>"                      # stands between stories in the text files, and is one token
+PIECE = 4 << 20                             # bytes read at a time
+LONGEST = 64 << 20                          # bytes of the longest story that we take
+COUNTED = 100 << 20                         # bytes of text from which a tokenizer is made
+# How GPT-2 cuts text before it merges bytes: endings such as 's, words, numbers, signs, each with the space before it.
+PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+# On the hub: repository, revision, and of each split the file, its size and its sha256 (None: the hub is asked).
+V1, INSTRUCT = "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64", "1282fc1059eaf0aad1f30459a25530f44343f2a2"
+SOURCES = {
+    "tinystories": ("roneneldan/TinyStories", V1, {
+        "val": ("TinyStories-valid.txt", 19_447_282,
+                "94e431816c4cce81ff71e4408ff8d3bda9a42e8d2663986697c3954288cb38b4"),
+        "train": ("TinyStories-train.txt", 1_924_281_556,
+                  "c5cf5e22ff13614e830afbe61a99fbcbe8bcb7dd72252b989fa1117a368d401f")}),
+    "tinystories-v2": ("roneneldan/TinyStories", V1, {
+        "val": ("TinyStoriesV2-GPT4-valid.txt", 22_502_601,
+                "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d"),
+        "train": ("TinyStoriesV2-GPT4-train.txt", 2_227_753_162,
+                  "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443")}),
+    "instruct": ("roneneldan/TinyStoriesInstruct", INSTRUCT, {
+        "val": ("TinyStories-Instruct-valid.txt", None,
+                "68559e01675940bd415fe0b629406897d6f6bfd40067ff411a9b1daf78260c05"),
+        "train": ("TinyStories-Instruct-train.txt", None, None)}),
+}
+SAMPLES = {"sample": False, "sample-instruct": True}        # told by the grammar; True: with instructions
+SAMPLE_STORIES = {"val": 1_000, "train": 30_000}
+
+
+# ------------------------------------------------------------------------------------------- the grammar's stories
+
+SUFFIXES = {"s": "s", "ed": "ed", "ing": "ing"}
+FIELDS = ("Features", "Words", "Summary", "Random sentence")
+FIELD_ORDERS = [order for n in range(1, 5) for order in itertools.permutations(FIELDS, n)]
+
+
+def read_forms(text):
+    return dict(pair.split("=") for pair in text.split(", ")) if text else {}
+
+
+def read_grammar(path):
+    """Read a grammar file (its head explains the format) -> rules {name: (is a variable, forms, ways)}, plots."""
+    rules, plots, scene = {}, [], None
+    text = re.sub(r"(?m)^#.*\n", "", Path(path).read_text(encoding="utf-8"))
+    for line in re.sub(r"\n[ \t]+(?=\S)", " ", text).split("\n"):
+        if rule := re.fullmatch(r"(\w+)(?: \((.*?)\))? ([=:]) (.*)", line):
+            name, forms, kind, ways = rule.groups()
+            rules[name] = kind == "=", read_forms(forms), [way.strip() for way in ways.split(" | ")]
+        elif line.startswith("plot "):
+            plots.append({"name": line[5:], "scenes": []})
+            scene = None
+        elif line.startswith(("words ", "summary ")):
+            key, _, value = line.partition(" ")
+            plots[-1][key] = value
+        elif not line.strip():
+            scene = None
+        elif plots:
+            if scene is None:
+                plots[-1]["scenes"].append(scene := [])
+            scene.append(line)
+        else:
+            raise SystemExit(f"{path}: this line is neither a rule nor part of a plot: {line[:60]!r}")
+    return rules, plots
+
+
+class Story:
+    """One walk through the grammar. Each choice among n ways adds log n to `nats`: minus the log-probability of the
+    walk, and so an upper bound on that of its text (another walk may lead to the same words)."""
+
+    def __init__(self, rules, plots, rng):
+        self.rules, self.rng, self.nats, self.held = rules, rng, 0.0, {}
+        self.plot = self.choose(plots)
+        told = "\n\n".join(self.tell(self.choose(scene)) for scene in self.plot["scenes"])
+        self.features = set(re.findall(r"\[(\w+)\]", told)) | ({"Dialogue"} if '"' in told else set())
+        self.text = re.sub(r" ?\[\w+\]", "", told)
+
+    def choose(self, ways):
+        self.nats += math.log(len(ways))
+        return self.rng.choice(ways)
+
+    def tell(self, text):
+        """Fill every {...} of a text, and say "an" where it must be."""
+        filled = re.sub(r"\{([^{}]*)\}", lambda match: self.fill(match[1]), text)
+        return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", filled)
+
+    def fill(self, inside):
+        if "|" in inside:                               # {red|blue}: one of these
+            return self.choose(inside.split("|"))
+        name, _, form = inside.partition(".")           # {toy}, {Toy}, {hero.he}, {hero.He}
+        capital = (form or name)[0].isupper()
+        name, form = name[0].lower() + name[1:], form.lower()
+        text, forms = self.held.get(name) or self.draw(name)
+        if self.rules[name][0] and name not in self.held:   # a variable: no two hold the same text
+            while text in [held for held, _ in self.held.values()]:
+                text, forms = self.draw(name)
+            self.held[name] = text, forms
+        if form:
+            text = forms[form] if form in forms else text + SUFFIXES[form]
+        return text[0].upper() + text[1:] if capital else text
+
+    def draw(self, name):
+        """Draw an entry of a rule -> its text and its forms."""
+        _, forms, ways = self.rules[name]
+        way, own = re.fullmatch(r"(.*?)(?: \((.*=.*)\))?", self.choose(ways)).groups()
+        inner = re.fullmatch(r"\{(\w+)\}", way)         # a list of lists: the inner one brings its forms
+        text, inner_forms = self.draw(inner[1]) if inner else (self.tell(way), {})
+        return text, {**forms, **inner_forms, **read_forms(own)}
+
+    def record(self):
+        """The story as TinyStories-Instruct has it: some fields in some order, then the story."""
+        sentences = re.split(r'(?<=[.!?])\s+|(?<=[.!?]")\s+', self.text)[1:]
+        whole = [sentence for sentence in sentences if sentence.count('"') % 2 == 0]   # none cut in speech
+        values = {"Features": ", ".join(sorted(self.features)), "Words": self.tell(self.plot["words"]),
+                  "Summary": self.tell(self.plot["summary"]), "Random sentence": self.choose(whole)}
+        order = self.choose(FIELD_ORDERS)
+        return "\n".join(f"{field}: {values[field]}" for field in order if values[field]) + f"\nStory: \n\n{self.text}"
+
+
+def tell_sample(folder, instruct, seed=0, grammar=HERE / "data" / "grammar.txt"):
+    """Write train.txt and valid.txt -> their paths, and the nats that the grammar spent on validation."""
+    rules, plots = read_grammar(grammar)
+    paths, nats, number = {}, 0.0, 0
+    for split, stories in SAMPLE_STORIES.items():
+        paths[split] = folder / f"{split}.txt"
+        with open(paths[split], "w", encoding="utf-8", newline="\n") as file:
+            for number in range(number, number + stories):
+                story = Story(rules, plots, random.Random(f"{seed}-{number}"))     # a function of seed and number
+                file.write((story.record() if instruct else story.text) + f"\n{MARK}\n")
+                nats += story.nats if split == "val" else 0.0
+            number += 1
+    return paths, nats
+
+
+# ------------------------------------------------------------------------------------------------------- download
+
+class Progress:
+    """A line that says how far a long job is: redrawn on a terminal, ten lines at most in a pipe."""
+
+    def __init__(self, label, total, done=0):
+        self.label, self.total, self.begin, self.start, self.shown = label, max(total, 1), done, time.time(), 0.0
+        self.live = sys.stderr.isatty()
+
+    def show(self, done):
+        share, now = done / self.total, time.time()
+        if not (now - self.shown > 0.2 if self.live else share >= self.shown + 0.1) and share < 1:
+            return
+        self.shown = now if self.live else share
+        rate = (done - self.begin) / max(now - self.start, 1e-3)
+        line = f"{self.label}: {share:4.0%} of {self.total / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s, " \
+               f"{max(self.total - done, 0) / max(rate, 1):.0f} s left"
+        print(f"\r{line:79}" if self.live else line, end="" if self.live and share < 1 else "\n", file=sys.stderr)
+
+
+def hub_url(repo, revision, file, kind="datasets/"):
+    host = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
+    return f"{host}/{kind}{repo}/resolve/{revision}/{file}"
+
+
+def download(url, path, size=None, sha256=None, pauses=(1, 2, 4, 8, 16), timeout=(10, 60)):
+    """Fetch `url` into `path`, whole and checked, or exit with one sentence. What has come is kept in a .part file, and
+    the next call goes on from there. Size and hash that are not known are asked of the hub."""
+    import requests
+    if path.exists():
+        return
+    part, pauses, bad_hashes, why = path.with_name(path.name + ".part"), list(pauses), [], ""
+    headers = {"Accept-Encoding": "identity"}
+    if os.environ.get("HF_TOKEN"):
+        headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN'].strip()}"   # dropped by requests on other hosts
+    while True:
+        try:
+            if not (size and sha256):
+                head = requests.head(url, headers=headers, timeout=timeout)     # not redirected: the hub's own headers
+                size = size or int(head.headers.get("X-Linked-Size", 0)) or None
+                sha256 = sha256 or head.headers.get("X-Linked-Etag", "").strip('W/"') or None
+            have = part.stat().st_size if part.exists() else 0
+            if size and have > size:
+                have = part.unlink() or 0
+            if not size or have < size:
+                need, free = (size or 0) - have, shutil.disk_usage(path.parent).free
+                if free < need * 1.6:               # the token file takes half of the text again
+                    raise SystemExit(f"{path.parent} has {free / 1e9:.1f} GB free; {path.name} and its tokens need "
+                                     f"{need * 1.6 / 1e9:.1f} GB. Make room and run the same command again.")
+                wanted = {**headers, "Range": f"bytes={have}-"} if have else headers
+                with requests.get(url, headers=wanted, timeout=timeout, stream=True) as reply:
+                    if reply.status_code in (400, 401, 403, 404, 410):
+                        raise SystemExit(f"{url} answers {reply.status_code} {reply.reason}. Check HF_ENDPOINT and "
+                                         "HF_TOKEN, or fetch the file yourself and use: prepare.py mine --input FILE")
+                    if reply.status_code == 416:
+                        part.unlink()
+                    reply.raise_for_status()
+                    if "text/html" in reply.headers.get("Content-Type", ""):
+                        raise SystemExit(f"{url} answers with a web page, not a file: is there a login page between "
+                                         "you and the network?")
+                    have = have if reply.status_code == 206 else 0              # 200: it sends the whole file
+                    bar = Progress(path.name, size or int(reply.headers.get("Content-Length", 0)) + have, have)
+                    with open(part, "ab" if have else "wb") as file:
+                        for chunk in reply.iter_content(1 << 18):
+                            file.write(chunk)
+                            bar.show(have := have + len(chunk))
+            why = f"only {have:,} of {size:,} bytes came" if size and have < size else ""
+        except requests.RequestException as error:
+            wait = getattr(error.response, "headers", {}).get("Retry-After", "")
+            if wait.isdigit() and pauses:
+                pauses[0] = max(pauses[0], min(int(wait), 300))
+            why = str(error)
+        if not why:
+            found = file_sha256(part)
+            if not sha256 or found == sha256:
+                return os.replace(part, path)
+            part.unlink()
+            bad_hashes.append(found)
+            if len(bad_hashes) == 2:
+                raise SystemExit(f"{url} does not hold what it should: sha256 {found}, not {sha256}. Nothing is kept.")
+        elif not pauses:
+            raise SystemExit(f"Cannot download {url}: {why}. What came is kept: run the same command again to go on. "
+                             "Without a network: python train.py config/demo.py, or prepare.py mine --input FILE")
+        else:
+            print(f"{path.name}: {why[:150]}; again in {pauses[0]} s", file=sys.stderr)
+            time.sleep(pauses.pop(0))
+
+
+def file_sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else \
+            hashlib.sha256(file.read()).hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------- text to stories
+
+# UTF-8 that somebody read as Windows-1252 and wrote as UTF-8 again.
+REPAIRS = {"â€œ": "“", "â€\x9d": "”", "â€™": "’", "â€˜": "‘", "â€“": "–", "â€”": "—", "â€¦": "…", "â€": "”"}
+
+
+def read_stories(path, counts, piece=None):
+    """Yield lists of clean stories (str, none empty) from one read each. A file is cut at the end marks before it is
+    decoded, so that neither a mark nor a character can be torn by the edge of a read."""
+    rest, mark, bar = b"", MARK.encode(), Progress(Path(path).name, os.path.getsize(path))
+    with open(path, "rb") as file:
+        while True:
+            read = file.read(piece or PIECE)
+            *stories, rest = (rest + read).split(mark)
+            if len(rest) > LONGEST:
+                raise SystemExit(f"{path}: a story of over {LONGEST >> 20} MB. Put a line {MARK} between stories.")
+            texts = [clean(story, counts) for story in (stories if read else [rest])]
+            if read:                                # what stands after the last mark need not be a story
+                counts["dropped: empty"] += texts.count("")
+            yield [text for text in texts if text]
+            if not read:
+                return
+            bar.show(file.tell())
+
+
+def clean(story, counts):
+    """Bytes of a story -> its text, with the known faults of the data mended and counted."""
+    try:
+        text = story.decode("utf-8")
+    except UnicodeDecodeError:
+        counts["repaired: not UTF-8"] += 1
+        text = story.decode("utf-8", errors="replace")
+    if "â€" in text:
+        counts["repaired: double-encoded quotes"] += 1
+        for wrong, right in REPAIRS.items():
+            text = text.replace(wrong, right)
+    return text.replace("\r\n", "\n").strip("\ufeff \t\r\n")
+
+
+# ------------------------------------------------------------------------------------------------------ tokenizers
+
+def train_bpe(words, vocab_size):
+    """Learn byte-pair merges (arXiv 1508.07909, on bytes as GPT-2 does).
+
+    words: counts of pre-tokens, {str or bytes: int}. Returns the merges in order, as pairs of bytes, as many as fill
+    vocab_size together with the 256 bytes and the end mark, or fewer if the text has no more. Of pairs equally
+    frequent, the lexicographically greater one goes first, as in Stanford's CS336."""
+    spelled = [word if isinstance(word, bytes) else word.encode("utf-8") for word in words]
+    words = [([word[i:i + 1] for i in range(len(word))], n) for word, n in zip(spelled, words.values())]
+    counts, where = Counter(), defaultdict(set)         # how often a pair occurs, and in which words
+    for index, (parts, n) in enumerate(words):
+        for pair in zip(parts, parts[1:]):
+            counts[pair] += n
+            where[pair].add(index)
+
+    def entry(pair):                                    # the smallest entry of the heap: most frequent, then greatest
+        return -counts[pair], [(*(-byte for byte in half), 1) for half in pair], pair
+
+    heap, merges = [entry(pair) for pair in counts], []
+    heapq.heapify(heap)
+    while heap and len(merges) < vocab_size - 257:
+        n, _, best = heapq.heappop(heap)
+        if -n != counts[best] or n == 0:                # an old entry: the pair has been counted anew since
+            continue
+        merges.append(best)
+        changed = set()
+        for index in where.pop(best):                   # only words that hold the pair change
+            parts, n = words[index]
+            for pair in zip(parts, parts[1:]):
+                counts[pair] -= n
+                changed.add(pair)
+            words[index] = parts, n = merge(parts, best), n
+            for pair in zip(parts, parts[1:]):
+                counts[pair] += n
+                changed.add(pair)
+                where[pair].add(index)
+        for pair in changed:
+            heapq.heappush(heap, entry(pair))
+    return merges
+
+
+def merge(parts, pair):
+    """Join each occurrence of a pair in a list of bytes, from left to right."""
+    merged, i = [], 0
+    while i < len(parts):
+        hit = parts[i] == pair[0] and i + 1 < len(parts) and parts[i + 1] == pair[1]
+        merged.append(pair[0] + pair[1] if hit else parts[i])
+        i += 2 if hit else 1
+    return merged
+
+
+def halves(token, ranks):
+    """The two tokens from which BPE makes this one: run the merges of lower rank over its bytes."""
+    parts = [token[i:i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        parts = merge(parts, min(zip(parts, parts[1:]), key=lambda pair: ranks.get(pair[0] + pair[1], math.inf)))
+    return parts
+
+
+def prune_bpe(ranks, counts, vocab_size):
+    """Keep the commonest tokens of a BPE -> ranks of at most vocab_size - 1 tokens (the end mark takes the last id).
+
+    counts[rank] says how often a token occurs. A token is kept together with the two that it is made from, and
+    theirs: what is closed under merges is again a BPE, which still spells every text."""
+    token_of = {rank: token for token, rank in ranks.items()}
+    kept = {bytes([byte]) for byte in range(256)}
+    for rank in sorted(np.flatnonzero(counts).tolist(), key=lambda rank: (-counts[rank], rank)):
+        needed, todo = set(), [token_of[rank]]
+        while todo:
+            if (token := todo.pop()) not in kept | needed:
+                needed.add(token)
+                todo += halves(token, ranks)
+        if len(kept) + len(needed) < vocab_size:
+            kept |= needed
+    return {token: new for new, token in enumerate(sorted(kept, key=ranks.get))}
+
+
+def as_encoding(ranks):
+    import tiktoken
+    return tiktoken.Encoding("stories", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={MARK: len(ranks)})
+
+
+def load_tokenizer(folder):
+    """Read the tokenizer.tiktoken of a data set or a run -> tiktoken.Encoding, whose eot_token ends a story."""
+    lines = (Path(folder) / "tokenizer.tiktoken").read_bytes().splitlines()
+    return as_encoding({base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)})
+
+
+def gpt2_ranks():
+    import tiktoken
+    try:
+        return tiktoken.get_encoding("gpt2")._mergeable_ranks
+    except Exception as error:          # tiktoken passes on whatever its download met
+        raise SystemExit(f"tiktoken cannot fetch GPT-2's vocabulary ({type(error).__name__}). Run it once where there is "
+                         "a network, and set TIKTOKEN_CACHE_DIR to a folder that holds its files; or use our own: "
+                         "--tokenizer bpe")
+
+
+def make_tokenizer(kind, vocab_size, path):
+    """Make a tokenizer from the beginning of a text file -> ranks."""
+    if kind == "gpt2" and vocab_size >= 50_257:
+        return gpt2_ranks()
+    ranks, counts, read = gpt2_ranks() if kind == "gpt2" else None, Counter(), 0
+    full = as_encoding(ranks) if ranks else None
+    for stories in read_stories(path, Counter()):
+        if full:
+            for ids in full.encode_ordinary_batch(stories, num_threads=os.cpu_count()):
+                counts.update(ids)
+        else:
+            import regex                # comes with tiktoken; Python's own re does not know \p{L}
+            for story in stories:
+                counts.update(regex.findall(PATTERN, story))
+        read += sum(map(len, stories))
+        if read > COUNTED:
+            break
+    if full:
+        return prune_bpe(ranks, np.array([counts[rank] for rank in range(len(ranks))]), vocab_size)
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    for left, right in train_bpe(counts, vocab_size):
+        ranks.setdefault(left + right, len(ranks))
+    return ranks
+
+
+# ------------------------------------------------------------------------------------------------------------ main
+
+def encode(paths, encoding, folder, keep_duplicates=False, threads=None, piece=None):
+    """Write folder/{train,val}.bin.part from {"val": path, "train": path} -> statistics of each split, and counts of
+    what was dropped or repaired. Without a path for val, one story in a hundred goes there, chosen by its hash."""
+    stats = {split: {"stories": 0, "tokens": 0, "bytes": 0} for split in ("train", "val")}
+    counts, seen, dtype = Counter(), {"train": set(), "val": set()}, np.uint16
+    if encoding.n_vocab > 65_536:
+        raise SystemExit(f"A vocabulary of {encoding.n_vocab:,} does not fit into uint16: 65,536 entries at most.")
+    with open(folder / "train.bin.part", "wb") as train, open(folder / "val.bin.part", "wb") as val:
+        for split in sorted(paths, reverse=True):                           # val first: train must not repeat it
+            for stories in read_stories(paths[split], counts, piece):
+                chosen = {"train": [], "val": []}
+                for story in stories:
+                    key = int.from_bytes(hashlib.blake2b(story.encode(), digest_size=8).digest(), "big")
+                    target = "val" if split == "val" or "val" not in paths and key % 100 == 0 else "train"
+                    why = "also in validation" if target == "train" and key in seen["val"] else \
+                        "repeated" if split == "train" and key in seen[target] else None
+                    if why and not keep_duplicates:
+                        counts[f"dropped: {why}"] += 1
+                        continue
+                    seen[target].add(key)
+                    chosen[target].append(story)
+                for target, file in (("train", train), ("val", val)):
+                    rows = encoding.encode_ordinary_batch(chosen[target], num_threads=threads or os.cpu_count())
+                    ids = np.fromiter(itertools.chain.from_iterable(row + [encoding.eot_token] for row in rows), np.int64)
+                    if ids.size and not 0 <= ids.min() <= ids.max() < encoding.n_vocab:
+                        raise SystemExit(f"The tokenizer gave an id of {ids.max()}, beyond its {encoding.n_vocab} entries.")
+                    ids.astype(dtype).tofile(file)
+                    for name, more in (("stories", len(rows)), ("tokens", ids.size),
+                                       ("bytes", sum(len(story.encode()) for story in chosen[target]))):
+                        stats[target][name] += int(more)
+    if not stats["train"]["tokens"] or not stats["val"]["tokens"]:
+        empty = "train" if not stats["train"]["tokens"] else "validation"
+        raise SystemExit(f"{' and '.join(map(str, paths.values()))}: nothing left for {empty}. Put a line {MARK} between "
+                         "stories (a few hundred of them at least), or name a validation file with --valid.")
+    return stats, {what: n for what, n in counts.items() if n}
+
+
+def prepare(name, input=None, valid=None, tokenizer=None, vocab_size=None, keep_duplicates=False, force=False):
+    """Prepare data/<name> -> its folder. What is there with the same settings is left as it is."""
+    folder = HERE / "data" / name
+    kind = tokenizer or ("bpe" if name in SAMPLES else "gpt2")
+    vocab_size = vocab_size or (2_048 if name in SAMPLES else 10_000)
+    asked = {"tokenizer": kind, "vocab_size_asked": vocab_size, "keep_duplicates": keep_duplicates}
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        differ = [key for key in asked if meta[key] != asked[key]]
+        whole = all((folder / f"{split}.bin").stat().st_size == 2 * meta[split]["tokens"] for split in ("train", "val"))
+    except (OSError, ValueError, KeyError):
+        differ, whole = [], False
+    if whole and not force:
+        if differ:
+            raise SystemExit(f"{folder} is already prepared, with {differ[0]} {meta[differ[0]]}, not {asked[differ[0]]}. "
+                             "Add --force to do it again, or give it another name.")
+        print(f"{folder} is ready: {meta['train']['tokens']:,} tokens (--force does it again)")
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "meta.json").unlink(missing_ok=True)
+
+    meta, nats = {"dataset": Path(name).name}, None
+    if name in SAMPLES:
+        paths, nats = tell_sample(folder, SAMPLES[name])
+        meta["source"] = "data/grammar.txt"
+    elif name in SOURCES:
+        repo, meta["revision"], files = SOURCES[name]
+        meta["source"] = f"https://huggingface.co/datasets/{repo}"
+        paths = {split: folder / file for split, (file, _, _) in files.items()}
+        for file, size, sha256 in files.values():
+            download(hub_url(repo, meta["revision"], file), folder / file, size, sha256)
+    else:
+        paths = {split: Path(path) for split, path in (("val", valid), ("train", input)) if path}
+        meta["source"] = "own text"
+    meta["files"] = {split: {"name": path.name, "sha256": file_sha256(path)} for split, path in paths.items()}
+
+    ranks = make_tokenizer(kind, vocab_size, paths["train"])
+    encoding = as_encoding(ranks)
+    stats, counts = encode(paths, encoding, folder, keep_duplicates)
+    meta |= {**asked, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token, "dtype": "uint16", **stats,
+             "counts": counts}
+    if nats:
+        meta["entropy_bound"] = {"nats_per_token": nats / stats["val"]["tokens"],
+                                 "bits_per_byte": nats / math.log(2) / stats["val"]["bytes"]}
+    lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
+    (folder / "tokenizer.tiktoken").write_bytes(b"".join(lines))
+    for split in ("train", "val"):
+        os.replace(folder / f"{split}.bin.part", folder / f"{split}.bin")
+    (folder / "meta.json.part").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    os.replace(folder / "meta.json.part", folder / "meta.json")
+
+    for split in ("train", "val"):
+        print("{0:5}  {stories:,} stories, {tokens:,} tokens, {bytes:,} bytes".format(split, **stats[split]))
+    print(f"vocabulary of {encoding.n_vocab:,} ({kind}), {stats['train']['bytes'] / stats['train']['tokens']:.2f} bytes a token")
+    for what, n in sorted(counts.items()):
+        print(f"{what}: {n:,} stories")
+    if nats:
+        print("no model can do much better than the grammar itself: {nats_per_token:.4f} nats per token, "
+              "{bits_per_byte:.4f} bits per byte".format(**meta["entropy_bound"]))
+    return folder
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help=", ".join([*SAMPLES, *SOURCES]) + ", or a name of your own with --input")
+    parser.add_argument("--input", help=f"a text file of your own, stories separated by lines {MARK}")
+    parser.add_argument("--valid", help="its validation file (default: one story in a hundred)")
+    parser.add_argument("--tokenizer", choices=("gpt2", "bpe"), help="GPT-2's, or one learned from the text")
+    parser.add_argument("--vocab_size", type=int, help="entries at most (default 10000; the samples: 2048)")
+    parser.add_argument("--keep_duplicates", action="store_true", help="keep repeated stories, as the raw files have them")
+    parser.add_argument("--force", action="store_true", help="do it again even if it is there")
+    args = parser.parse_args(argv)
+    known = args.name in SAMPLES or args.name in SOURCES
+    if known and (args.input or args.valid):
+        parser.error(f"{args.name} has its own text; choose another name for yours")
+    if not known and not args.input:
+        parser.error(f"{args.name!r} is none of {', '.join([*SAMPLES, *SOURCES])}; for a text of your own add --input FILE")
+    for path in (args.input, args.valid):
+        if path and not os.path.isfile(path):
+            parser.error(f"there is no file {path}")
+    if args.vocab_size is not None and not 257 <= args.vocab_size <= 65_536:
+        parser.error("--vocab_size must lie between 257 (the bytes and the end mark) and 65,536 (what uint16 holds)")
+    try:
+        prepare(**vars(args))
+    except KeyboardInterrupt:
+        raise SystemExit("\nStopped. The same command goes on (a download where it was, the rest from its start).")
+
+
+if __name__ == "__main__":
+    main()

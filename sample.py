@@ -1,0 +1,123 @@
+"""How does a trained model tell a story?
+
+    python sample.py out/tiny_8l                                            # one story, as it is written
+    python sample.py out/tiny_8l --prompt "Once upon a time" -n 3 --temperature 0.8
+    python sample.py out/tiny_8l --prompt -                                 # you begin, it goes on
+    python sample.py out/tiny_1l out/tiny_8l --prompt "Tom was sad"         # side by side, as Markdown
+"""
+
+import argparse
+import codecs
+import sys
+from pathlib import Path
+
+import torch
+
+import prepare
+from model import GPT, GPTConfig
+
+
+def load_run(path, device="auto"):
+    """A run's folder, or one of its checkpoint files -> its GPT, ready to sample, and its tokenizer."""
+    path = Path(path)
+    file = path / "ckpt.pt" if path.is_dir() else path
+    if not file.is_file():
+        runs = ", ".join(run.parent.as_posix() for run in sorted(Path("out").glob("*/ckpt.pt")))
+        raise SystemExit(f"There is no trained model at {path}. "
+                         + (f"There is: {runs}" if runs else "Make one: python train.py config/demo.py"))
+    if device == "auto":
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        checkpoint = torch.load(file, map_location=device, weights_only=True)
+        model = GPT(GPTConfig(**checkpoint["model_config"])).to(device)
+        model.load_state_dict(checkpoint["model"])
+        tokenizer = prepare.load_tokenizer(file.parent)
+    except Exception as error:              # a damaged file can raise nearly anything
+        raise SystemExit(f"{file} cannot be read: {type(error).__name__}: {str(error)[:100]}")
+    return model.eval(), tokenizer
+
+
+def encode_prompt(tokenizer, prompt, block_size):
+    """A story begins after the end mark of the one before it; so does a prompt."""
+    ids = [tokenizer.eot_token] + tokenizer.encode_ordinary(prompt)
+    if len(ids) > block_size:
+        print(f"The prompt has {len(ids)} tokens; the model reads the last ones only (its context is "
+              f"{block_size}).", file=sys.stderr)
+    return ids
+
+
+def write(model, tokenizer, prompt, **how):
+    """Print one story as it is written. A character may need several tokens: it waits for all."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    print(prompt, end="", flush=True)
+    ids = encode_prompt(tokenizer, prompt, model.config.block_size)
+    for [token] in model.stream([ids], stop=tokenizer.eot_token, **how):
+        if token != tokenizer.eot_token:
+            piece = tokenizer.decode_single_token_bytes(token)
+            print(decoder.decode(piece), end="", flush=True)
+    print(decoder.decode(b"", final=True))
+
+
+def tell(model, tokenizer, prompts, **how):
+    """The continuation of each prompt, all written at once -> list of str."""
+    ids = [encode_prompt(tokenizer, prompt, model.config.block_size) for prompt in prompts]
+    return [tokenizer.decode(row) for row in model.generate(ids, stop=tokenizer.eot_token, **how)]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="folders of runs, or checkpoint files")
+    parser.add_argument("--prompt", action="append", help="how the story begins; -: ask me (default: "
+                        "the model begins). May be given more than once")
+    parser.add_argument("-n", "--num_samples", type=int, default=1, help="stories for each prompt")
+    parser.add_argument("--max_new_tokens", type=int, default=400)
+    parser.add_argument("--temperature", type=float, default=0.8,
+                        help="0: always the likeliest token; 1: as the model has learned; default 0.8")
+    parser.add_argument("--top_k", type=int, default=0, help="draw from the k likeliest tokens; 0: all")
+    parser.add_argument("--top_p", type=float, default=1.0,
+                        help="draw from the likeliest tokens that add up to p; 1: all")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed tells the same story")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    args = parser.parse_args(argv)
+    prompts = args.prompt or [""]
+    if args.num_samples < 1 or args.max_new_tokens < 1:
+        parser.error("-n and --max_new_tokens must be 1 or more")
+    if args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
+        parser.error("--temperature and --top_k must not be negative; --top_p lies in (0, 1]")
+    if "-" in prompts and (len(args.runs) > 1 or len(prompts) > 1):
+        parser.error("--prompt - talks with one model, and needs no other prompt")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device; leave --device away")
+
+    sys.stdout.reconfigure(errors="replace")        # a console that lacks a character shows a ?
+    loaded = [load_run(run, args.device) for run in args.runs]
+    how = {name: getattr(args, name) for name in
+           ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
+    try:
+        rows = [prompt for prompt in prompts for _ in range(args.num_samples)]
+        if len(loaded) > 1:
+            columns = [tell(*one, rows, **how) for one in loaded]
+            head = ["prompt", *args.runs]
+            for cells in [head, ["---"] * len(head), *zip(rows, *columns)]:
+                cells = ("<br>".join(cell.strip().splitlines()).replace("|", "\\|") for cell in cells)
+                print("| " + " | ".join(cells) + " |")
+        elif prompts == ["-"]:
+            print("Begin a story, and the model goes on. An empty line ends.", file=sys.stderr)
+            for line in iter(lambda: input("> ") if sys.stdin.isatty() else
+                             sys.stdin.readline().rstrip("\n"), ""):
+                write(*loaded[0], line, **how)
+                how["seed"] += 1
+        elif len(rows) == 1:
+            write(*loaded[0], prompts[0], **how)
+        else:
+            for prompt, story in zip(rows, tell(*loaded[0], rows, **how)):
+                print(prompt + story + "\n" + "-" * 40)
+    except (KeyboardInterrupt, EOFError):
+        print()
+        raise SystemExit(130)
+
+
+if __name__ == "__main__":
+    main()

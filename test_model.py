@@ -1,0 +1,590 @@
+"""What must be true of the whole, from stories to a story. `python -m pytest` runs it in about a
+minute, on a CPU and without a network. The tests ask for properties through few functions, so that
+the inside can be rewritten."""
+
+import http.server
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import prepare
+import sample
+import train
+from model import GPT, Cache, GPTConfig, draw
+
+HERE = Path(__file__).resolve().parent
+OURS = dict(vocab_size=100, block_size=48, n_layer=3, n_head=2, n_embd=32)
+PAPER = dict(OURS, pos="learned", norm="layer", act="gelu", qk_norm=False, bias=True, window=8,
+             zero_init=False, value_residual=False)
+KINDS = {"ours": OURS, "paper": PAPER, "windows": dict(OURS, window=8, zero_init=False),
+         "learned": dict(OURS, pos="learned", zero_init=False), "awake": dict(OURS, zero_init=False)}
+
+
+@pytest.fixture(params=KINDS, scope="module")
+def model(request):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**KINDS[request.param])).eval()
+
+
+def script(*arguments, cwd=None, check=None, **kwargs):
+    """Run one of our scripts as a user would -> the finished process."""
+    done = subprocess.run([sys.executable, HERE / arguments[0], *map(str, arguments[1:])], cwd=cwd,
+                          capture_output=True, text=True, encoding="utf-8", timeout=300, **kwargs)
+    if check is not None:
+        assert done.returncode == check, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+# --------------------------------------------------------------------------------- the story grammar
+
+@pytest.fixture(scope="module")
+def stories():
+    rules, plots = prepare.read_grammar(HERE / "data" / "grammar.txt")
+    return [prepare.Story(rules, plots, random.Random(f"test-{i}")) for i in range(3000)]
+
+
+def test_stories_have_no_seams(stories):
+    for story in stories:
+        text = story.text
+        assert not re.search(r"[{}\[\]|]|  ", text), text
+        assert not re.search(r"\b[Aa] [aeiou]|\b[Aa]n [^aeiou]|\b(\w+) \1\b(?<!had had)", text), text
+        assert not re.search(r"\b(too|so|very) (too|so|very)\b", text.lower()), text
+        for paragraph in text.split("\n\n"):
+            assert re.search(r"[.!?]\"?$", paragraph) and paragraph.count('"') % 2 == 0, paragraph
+            assert not re.search(r"(^|[.!?] )\"?[a-z]", paragraph), paragraph
+
+
+def test_stories_are_many_and_of_one_size(stories):
+    assert len({story.text for story in stories}) > 0.99 * len(stories)
+    assert len({story.plot["name"] for story in stories}) >= 25
+    assert all(80 <= len(re.findall(r"\w+|[^\w\s]", story.text)) <= 250 for story in stories)
+    words = {word for story in stories for word in re.findall(r"[a-z]+", story.text.lower())}
+    assert 400 < len(words) < 700
+    assert {feature for story in stories for feature in story.features} == {
+        "Dialogue", "BadEnding", "MoralValue", "Twist", "Foreshadowing", "Conflict"}
+
+
+def test_a_story_knows_its_words_and_one_of_its_sentences(stories):
+    for story in stories:
+        record = story.record()
+        head, text = record.split("\nStory: \n\n")
+        assert text == story.text
+        fields = dict(line.split(": ", 1) for line in head.split("\n"))
+        assert fields and set(fields) <= set(prepare.FIELDS)
+        for word in fields.get("Words", "").split(", "):
+            assert word in text, (word, text)
+        if sentence := fields.get("Random sentence"):
+            assert sentence in text.replace("\n\n", " ") and not text.startswith(sentence), record
+            assert sentence.count('"') % 2 == 0, record
+        assert not re.search(r"[{}|]", head), head
+
+
+def test_the_walk_adds_up_its_choices(tmp_path):
+    (tmp_path / "g.txt").write_text("hero = Ann | Bob | Cy\nplot one\nwords a, b, c\nsummary s\n\n"
+                                    "{hero} {ran|sat}. {Hero} {ran|sat}.\n{hero} slept. It was dark.\n")
+    rules, plots = prepare.read_grammar(tmp_path / "g.txt")
+    for seed in range(20):
+        story = prepare.Story(rules, plots, random.Random(seed))
+        ways = 2 * 3 if "slept" in story.text else 2 * 3 * 2 * 2
+        assert story.nats == pytest.approx(math.log(ways))
+        assert len(set(re.findall("Ann|Bob|Cy", story.text))) == 1     # a variable stays what it is
+
+
+# ------------------------------------------------------------------------------------------ tokenizers
+
+def test_bpe_by_hand():
+    # pairs: l-o 7, o-w 7 (tie: "o","w" is greater), then l-ow 7; w-e 2, e-r 2 ...
+    merges = prepare.train_bpe({"low": 5, "lower": 2}, 257 + 4)
+    assert merges == [(b"o", b"w"), (b"l", b"ow"), (b"low", b"e"), (b"lowe", b"r")]
+    assert prepare.train_bpe({"aaaa": 3}, 300) == [(b"a", b"a"), (b"aa", b"aa")]
+    assert prepare.train_bpe({"a": 3}, 300) == []
+
+
+def test_bpe_equals_counting_anew_after_each_merge(stories):
+    words = Counter(word for story in stories[:30] for word in re.findall(r" ?\w+", story.text))
+    parts = {word: [bytes([byte]) for byte in word.encode()] for word in words}
+    expected = []
+    while len(expected) < 120:
+        pairs = Counter()
+        for word, count in words.items():
+            for pair in zip(parts[word], parts[word][1:]):
+                pairs[pair] += count
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        expected.append(best)
+        parts = {word: prepare.merge(part, best) for word, part in parts.items()}
+    assert prepare.train_bpe(words, 257 + 120) == expected
+
+
+def test_a_pruned_bpe_still_spells_everything(stories):
+    counts = Counter(word for story in stories for word in re.findall(r" ?\w+", story.text))
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    for left, right in prepare.train_bpe(counts, 900):
+        ranks.setdefault(left + right, len(ranks))
+    full, text = prepare.as_encoding(ranks), "\n".join(story.text for story in stories)
+    used = np.bincount(full.encode_ordinary(text), minlength=len(ranks))
+    small = prepare.as_encoding(prepare.prune_bpe(ranks, used, 600))
+    assert small.n_vocab <= 600 and small.eot_token == small.n_vocab - 1
+    for strange in (text, "Zoë saw 雪 and 🦊!\r\n\t\0 “yes”", "<|endoftext|>"):
+        assert small.decode(small.encode_ordinary(strange)) == strange
+    everything = prepare.as_encoding(prepare.prune_bpe(ranks, used + 1, 10_000))
+    assert everything.encode_ordinary(text) == full.encode_ordinary(text)
+
+
+# ----------------------------------------------------------------------------------- from text to tokens
+
+RAW = ("Onçe upon 雪.\r\nYes.\n<|endoftext|>\nTwo â€œwordsâ€\x9d.\n<|endoftext|>\n \n<|endoftext|>Onçe upon 雪.\n"
+       "Yes.<|endoftext|>\nIn both.\n<|endoftext|>\nThe last has no mark")
+
+
+def encoded(folder, **how):
+    folder.mkdir(exist_ok=True)
+    (folder / "t.txt").write_bytes(RAW.encode())
+    (folder / "v.txt").write_text("In both.\n<|endoftext|>\nOnly here.", encoding="utf-8")
+    encoding = prepare.as_encoding({bytes([byte]): byte for byte in range(256)})
+    stats, counts = prepare.encode({"val": folder / "v.txt", "train": folder / "t.txt"}, encoding,
+                                   folder, **how)
+    ids = np.fromfile(folder / "train.bin.part", dtype=np.uint16).tolist()
+    text = "".join("\0" if i == 256 else chr(i) for i in ids)
+    return stats, counts, text.encode("latin-1").decode().split("\0")
+
+
+def test_stories_are_cleaned_counted_and_kept_apart(tmp_path):
+    stats, counts, texts = encoded(tmp_path)
+    assert texts == ["Onçe upon 雪.\nYes.", "Two “words”.", "The last has no mark", ""]
+    assert stats["train"] == {"stories": 3, "tokens": sum(len(text.encode()) + 1 for text in texts) - 1,
+                              "bytes": sum(len(text.encode()) for text in texts)}
+    assert counts == {"repaired: double-encoded quotes": 1, "dropped: empty": 1,
+                      "dropped: repeated": 1, "dropped: also in validation": 1}
+    assert encoded(tmp_path, keep_duplicates=True)[0]["train"]["stories"] == 5
+
+
+@pytest.mark.parametrize("piece, threads", [(1, 1), (7, 2), (64, 3)])
+def test_where_a_read_ends_does_not_matter(tmp_path, piece, threads):
+    assert encoded(tmp_path, piece=piece, threads=threads) == encoded(tmp_path)
+
+
+def test_own_text_is_split_by_hash_and_prepared_once(tmp_path):
+    (tmp_path / "t.txt").write_text("<|endoftext|>".join(f"Story {i}. сказка" for i in range(2000)),
+                                    encoding="utf-8")
+    command = ["prepare.py", tmp_path / "set", "--input", tmp_path / "t.txt", "--tokenizer", "bpe",
+               "--vocab_size", "300"]
+    assert "repeated" not in script(*command, check=0).stdout
+    meta = json.loads((tmp_path / "set" / "meta.json").read_text())
+    assert meta["train"]["stories"] + meta["val"]["stories"] == 2000 and 5 < meta["val"]["stories"] < 40
+    tokenizer = prepare.load_tokenizer(tmp_path / "set")
+    ids = np.fromfile(tmp_path / "set" / "val.bin", dtype=np.uint16).tolist()
+    assert ids.count(meta["eot"]) == meta["val"]["stories"] and max(ids) < meta["vocab_size"] <= 300
+    assert re.fullmatch(r"(Story \d+\. сказка<\|endoftext\|>)+", tokenizer.decode(ids))
+    before = (tmp_path / "set" / "train.bin").stat().st_mtime_ns
+    assert "is ready" in script(*command, check=0).stdout
+    assert "--force" in script(*command[:-1], "400", check=1).stderr
+    assert (tmp_path / "set" / "train.bin").stat().st_mtime_ns == before
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A hub that misbehaves: `faults` says how it answers one request after the other."""
+    body, faults, seen = bytes(range(256)) * 4000, [], []
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        fault = self.faults.pop(0) if self.faults else ""
+        start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        self.seen.append((fault, start))
+        if isinstance(fault, int):
+            self.send_response(fault)
+            self.send_header("Retry-After", "0")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        start = 0 if fault == "no range" else start
+        body = b"x" * len(self.body) if fault == "wrong" else self.body
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Type", "text/html" if fault == "html" else "text/plain")
+        self.send_header("Content-Length", str(len(body) - start))
+        self.end_headers()
+        try:
+            self.wfile.write(body[start:start + 300_000] if fault in ("cut", "stall") else body[start:])
+            time.sleep(1.0 if fault == "stall" else 0)
+        except OSError:
+            pass
+
+
+@pytest.fixture
+def fetch(tmp_path):
+    """Fetch from a hub with the given faults -> what was fetched, or the message it ended with."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def fetch(*faults, pauses=(0, 0, 0, 0)):
+        Hub.faults, Hub.seen = list(faults), []
+        digest = prepare.hashlib.sha256(Hub.body).hexdigest()
+        try:
+            prepare.download(f"http://127.0.0.1:{server.server_port}/f", tmp_path / "f", len(Hub.body),
+                             digest, pauses=pauses, timeout=(5, 0.3))
+        except SystemExit as error:
+            assert not (tmp_path / "f").exists()
+            return str(error)
+        return (tmp_path / "f").read_bytes()
+
+    yield fetch
+    server.shutdown()
+
+
+@pytest.mark.parametrize("faults", [[], ["cut"], ["cut", "stall"], ["cut", "no range"], [429, 503],
+                                    ["cut", 416], ["wrong"]])
+def test_a_download_survives_what_passes(fetch, faults):
+    assert fetch(*faults) == Hub.body
+    if faults == ["cut"]:
+        assert Hub.seen[1][1] >= 200_000            # it went on where the connection was cut
+
+
+def test_a_download_ends_in_words(fetch, tmp_path):
+    assert "404" in fetch(404) and "web page" in fetch("html")
+    assert "does not hold" in fetch("wrong", "wrong")
+    assert "go on" in fetch("cut", 503, 503, pauses=(0, 0)) and (tmp_path / "f.part").stat().st_size > 0
+    assert fetch() == Hub.body and Hub.seen[0][1] > 0
+
+
+# --------------------------------------------------------------------------------------------- the model
+
+def test_the_future_cannot_change_the_past(model):
+    idx = torch.randint(100, (2, 40))
+    other = torch.cat((idx[:, :20], (idx[:, 20:] + 1) % 100), dim=1)
+    a, b = model(idx)[0], model(other)[0]
+    assert torch.equal(a[:, :20], b[:, :20]) and not torch.equal(a[:, 20], b[:, 20])
+
+
+def test_reading_piece_by_piece_equals_reading_at_once(model):
+    idx = torch.randint(100, (3, 48))
+    cache = Cache(model.config, 3, "cpu", torch.float32)
+    pieces = [model(idx[:, a:b], cache=cache)[0] for a, b in ((0, 7), (7, 8), (8, 9), (9, 30), (30, 48))]
+    torch.testing.assert_close(torch.cat(pieces, 1), model(idx)[0], atol=1e-4, rtol=1e-4)
+
+
+def test_rows_of_different_lengths_do_not_disturb_each_other(model):
+    prompts = [[1, 2, 3], [4], list(range(30)), [9] * 12]
+    together = model.generate(prompts, 30, temperature=0)         # passes the end of the context, too
+    assert [len(row) for row in together] == [30] * 4
+    for prompt, row in zip(prompts, together):
+        for i in range(min(30, 48 - len(prompt) - 18)):           # greedy, by the full forward
+            full = model(torch.tensor([prompt + row[:i]]))[0][0, -1, :100]
+            assert full[row[i]] >= full.max() - 1e-4
+
+
+def test_a_row_ends_at_its_stop(model):
+    free = model.generate([[1], [2, 3]], 20, temperature=1.0, seed=3)
+    stop = free[0][4]
+    held = model.generate([[1], [2, 3]], 20, temperature=1.0, seed=3, stop=stop)
+    assert held == [row[:row.index(stop)] if stop in row else row for row in free]
+
+
+def test_positions_matter_and_windows_forget():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**dict(OURS, n_layer=2, window=4, zero_init=False))).eval()
+    with torch.no_grad():
+        model.blocks[0].attention.out.weight.zero_()              # only the layer with the window is left
+        idx = torch.randint(100, (1, 20))
+        far, near = idx.clone(), idx.clone()
+        far[0, 15] += 1 if far[0, 15] < 99 else -1                # 4 back from the last: just outside
+        near[0, 16] += 1 if near[0, 16] < 99 else -1
+        last = model(idx)[0][0, -1]
+        assert torch.equal(model(far)[0][0, -1], last) and not torch.equal(model(near)[0][0, -1], last)
+    for kind in ("awake", "learned"):
+        model = GPT(GPTConfig(**KINDS[kind])).eval()
+        a, b = model(torch.tensor([[1, 2, 3]]))[0], model(torch.tensor([[2, 1, 3]]))[0]
+        assert not torch.allclose(a[0, -1], b[0, -1], atol=1e-6)
+
+
+def test_a_fresh_model():
+    torch.manual_seed(0)
+    for kind in ("ours", "paper"):
+        model = GPT(GPTConfig(**dict(KINDS[kind], n_embd=64)))
+        idx = torch.randint(100, (4, 48))
+        assert model(idx, idx.roll(-1, 1))[1].item() == pytest.approx(math.log(128), rel=0.02)
+        down, up = model.blocks[0].mlp.down.weight, model.blocks[0].mlp.up.weight
+        if kind == "ours":          # its output projections are zero: a block is the identity
+            x = torch.randn(2, 5, 64)
+            assert torch.equal(model.blocks[0](x, model.rotary[:, :5])[0], x)
+        else:
+            assert up.std().item() / down.std().item() == pytest.approx(math.sqrt(2 * 3), rel=0.05)
+
+
+def test_padding_is_never_drawn_and_draws_follow_the_probabilities():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(20_000, 1)
+    generator = torch.Generator().manual_seed(0)
+    share = lambda **how: np.bincount(draw(logits, generator=generator, **how), minlength=4) / 20_000
+    assert share() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.02)
+    assert share(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.02)
+    assert share(top_p=0.7) == pytest.approx([0.625, 0.375, 0, 0], abs=0.02)
+    assert share(top_p=0.01) == pytest.approx([1, 0, 0, 0]) == share(temperature=0)
+    assert share(temperature=2.0)[3] > 0.1
+    model = GPT(GPTConfig(**dict(OURS, vocab_size=65)))
+    assert max(model.generate([[1]] * 50, 20, temperature=5.0)[0]) < 65
+
+
+@pytest.mark.parametrize("kind", ["ours", "paper"])
+def test_one_batch_can_be_memorised(kind):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**KINDS[kind]))
+    idx = torch.randint(100, (4, 33))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(120):
+        loss = model(idx[:, :-1], idx[:, 1:])[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
+
+
+def test_every_weight_is_trained_by_one_optimizer():
+    for kind in ("ours", "paper"):
+        for name in ("muon", "adamw"):
+            model = GPT(GPTConfig(**KINDS[kind]))
+            optimizers = train.make_optimizers(model, train.Settings(optimizer=name), torch.device("cpu"))
+            held = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
+            assert sorted(held) == sorted(id(p) for p in model.parameters())
+
+
+def test_a_wrong_shape_is_refused_in_words():
+    for wrong in (dict(n_head=3), dict(n_layer=0), dict(pos="sin"), dict(dropout=1.0), dict(n_embd=2)):
+        with pytest.raises(ValueError, match="must|multiple|even"):
+            GPTConfig(**dict(OURS, **wrong))
+    with pytest.raises(ValueError, match="context of 48"):
+        GPT(GPTConfig(**OURS))(torch.zeros(1, 49, dtype=torch.long))
+
+
+# -------------------------------------------------------------------------------------------- training
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, stories):
+    """A small prepared data set: a few hundred stories of the grammar."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "t.txt").write_text("\n<|endoftext|>\n".join(story.text for story in stories[:400]))
+    script("prepare.py", folder / "set", "--input", folder / "t.txt", "--tokenizer", "bpe",
+           "--vocab_size", "400", check=0)
+    return folder / "set"
+
+
+def settings(data, out, *changes):
+    return train.load_config([f"--dataset={data}", f"--out_dir={out}", "--n_layer=2", "--n_head=2",
+                              "--n_embd=32", "--block_size=32", "--batch_tokens=256", "--device=cpu",
+                              "--max_steps=12", "--warmup_steps=3", "--log_interval=4", "--eval_interval=6",
+                              "--eval_tokens=640", "--save_interval=5", "--compile=False",
+                              "--dtype=float32", *changes])
+
+
+def result(out):
+    weights = torch.load(out / "ckpt.pt", weights_only=True)["model"]
+    return weights, [(row["step"], row["train_loss"], row["val_loss"]) for row in
+                     train.read_log(out / "log.csv")]
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    train.train(settings(data, out))
+    return result(out)
+
+
+def same(a, b):
+    return a[1] == b[1] and all(torch.equal(a[0][name], b[0][name]) for name in b[0])
+
+
+def test_an_epoch_reads_each_token_once():
+    folder_tokens, T = 1000, 8
+    path = Path(os.environ.get("PYTEST_TMP", "/tmp")) / f"tokens-{os.getpid()}.bin"
+    np.arange(folder_tokens, dtype=np.uint16).tofile(path)
+    try:
+        windows = folder_tokens // T - 1
+        epochs = [train.get_batch(path, T, range(e * windows, (e + 1) * windows), 0) for e in (0, 1)]
+        for x, y in epochs:
+            assert torch.equal(x + 1, y) and len(set(y.flatten().tolist())) == y.numel() >= 1000 - 2 * T
+        assert not torch.equal(epochs[0][0], epochs[1][0])
+        whole = train.get_batch(path, T, range(40), 5)[0]
+        assert torch.equal(torch.cat([train.get_batch(path, T, range(i, i + 8), 5)[0]
+                                      for i in range(0, 40, 8)]), whole)
+    finally:
+        path.unlink()
+
+
+def test_validation_reads_stories_from_their_beginning(data):
+    meta = json.loads((data / "meta.json").read_text())
+    windows, whole = train.validation(data / "val.bin", meta, 64, 0, 4)
+    text = np.fromfile(data / "val.bin", dtype=np.uint16)
+    assert torch.equal(torch.cat([y for _, y in windows]).flatten(),
+                       torch.from_numpy(text[1:1 + (len(text) - 1) // 64 * 64].astype(np.int64)))
+    rows = [(x, y) for batch in whole for x, y in zip(*batch)]
+    assert len(rows) == meta["val"]["stories"] and all(x[0] == meta["eot"] for x, _ in rows)
+    firsts = {tuple(story[:9].tolist()) for story in np.split(text, np.flatnonzero(text == meta["eot"]) + 1)
+              if len(story)}
+    assert {tuple(y[:9].tolist()) for _, y in rows} == firsts
+
+
+def test_a_stop_changes_nothing(data, tmp_path, straight, monkeypatch):
+    step_of = train.get_batch
+
+    def stop_at_7(path, T, rows, seed):
+        if rows[0] == 7 * 8 and not hasattr(stop_at_7, "sent"):
+            stop_at_7.sent = os.kill(os.getpid(), signal.SIGINT)
+        return step_of(path, T, rows, seed)
+
+    monkeypatch.setattr(train, "get_batch", stop_at_7)
+    with pytest.raises(SystemExit) as stopped:
+        train.train(settings(data, tmp_path))
+    assert stopped.value.code == 130
+    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"] == 8     # it finished its step
+    train.train(settings(data, tmp_path))                                       # the same command
+    assert same(result(tmp_path), straight)
+    train.train(settings(data, tmp_path, "--resume=True"))                      # has nothing left to do
+    assert same(result(tmp_path), straight)
+
+
+def test_a_kill_loses_only_what_came_after_the_last_checkpoint(data, tmp_path, straight, monkeypatch):
+    step_of = train.get_batch
+
+    def die_at_9(path, T, rows, seed):
+        if rows[0] == 9 * 8:
+            raise MemoryError
+        return step_of(path, T, rows, seed)
+
+    monkeypatch.setattr(train, "get_batch", die_at_9)
+    with pytest.raises(MemoryError):
+        train.train(settings(data, tmp_path))
+    monkeypatch.undo()
+    train.train(settings(data, tmp_path))
+    assert same(result(tmp_path), straight)
+
+
+def test_looking_more_often_changes_nothing(data, tmp_path, straight):
+    train.train(settings(data, tmp_path, "--eval_interval=2", "--save_interval=3"))
+    weights, log = result(tmp_path)
+    assert all(torch.equal(weights[name], straight[0][name]) for name in weights)
+    assert [row for row in log if row[1]] and log[-1] == straight[1][-1]
+
+
+def test_micro_batches_are_only_a_matter_of_memory(data, tmp_path, straight):
+    train.train(settings(data, tmp_path, "--micro_batch=2"))
+    for row, other in zip(result(tmp_path)[1], straight[1]):
+        assert float(row[1] or 0) == pytest.approx(float(other[1] or 0), rel=1e-4)
+
+
+def test_two_processes_learn_the_same(data, tmp_path, straight):
+    one = settings(data, tmp_path / "two", "--micro_batch=2")
+    arguments = [f"--{key}={value}" for key, value in vars(one).items() if value != getattr(train.Settings, key)]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc_per_node=2", HERE / "train.py", *arguments], capture_output=True,
+                          text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    rows = result(tmp_path / "two")[1]
+    assert len(rows) == len(straight[1])
+    for row, other in zip(rows, straight[1]):
+        assert [float(x or 0) for x in row] == pytest.approx([float(x or 0) for x in other], rel=1e-4)
+
+
+def test_another_run_is_not_overwritten(data, tmp_path, straight):
+    train.train(settings(data, tmp_path, "--max_steps=2"))
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    for change in ("--n_embd=64", "--seed=1", "--max_steps=4"):
+        with pytest.raises(SystemExit, match=change[2:].split("=")[0]):
+            train.train(settings(data, tmp_path, change))
+    with pytest.raises(SystemExit, match="n_embd"):
+        train.train(settings(data, tmp_path, "--n_embd=64", "--resume=True"))
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+    train.train(settings(data, tmp_path, "--max_steps=4", "--resume=True"))
+    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"] == 4
+    train.train(settings(data, tmp_path, "--overwrite=True"))
+    assert same(result(tmp_path), straight)
+
+
+def test_a_loss_that_is_not_finite_saves_nothing(data, tmp_path, monkeypatch):
+    forward = GPT.forward
+    monkeypatch.setattr(GPT, "forward", lambda self, idx, targets=None, cache=None: tuple(
+        value if value is None or not self.training else value * math.nan
+        for value in forward(self, idx, targets, cache)))
+    with pytest.raises(SystemExit, match="loss is nan at step 4"):
+        train.train(settings(data, tmp_path))
+    assert not (tmp_path / "ckpt.pt").exists()
+
+
+def test_learning_rates():
+    share = lambda step, **how: train.lr_share(train.Settings(max_steps=100, warmup_steps=10, **how), step)
+    assert share(0) == 0.1 and share(9) == 1.0 == share(40) and share(99) < 0.02
+    assert [share(50, schedule="constant"), share(99, schedule="constant")] == [1.0, 1.0]
+    assert share(55, schedule="cosine", final_lr=0.1) == pytest.approx(0.55)
+    assert all(share(step + 1) <= share(step) for step in range(10, 99))
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--learning_rat=1"], "did you mean learning_rate"), (["config/demo"], "no config file"),
+    (["--n_layer=two"], "of type int"), (["--n_layer=True"], "of type int"), (["--n_layer=2.5"], "of type int"),
+    (["--learning_rate", "=", "1"], "--name=value"), (["--optimizer=sgd"], "muon, adamw"),
+    (["--batch_tokens=1000"], "multiple of block_size"), (["--max_steps=-1"], "negative")])
+def test_a_wrong_setting_gets_one_sentence(arguments, says, capsys):
+    with pytest.raises(SystemExit) as error:
+        train.load_config(arguments)
+    printed = capsys.readouterr().err
+    assert error.value.code == 2 and says in printed and len(printed.splitlines()) == 1
+
+
+def test_configs_and_overrides(tmp_path):
+    for path in sorted((HERE / "config").glob("*.py")):
+        loaded = train.load_config([str(path)])
+        assert loaded.out_dir == f"out/{path.stem}"
+        train.model_config(loaded, 10_000)
+        assert path.read_text().startswith('"""') and len(path.read_text().splitlines()) <= 25
+    (tmp_path / "c.py").write_text("n_layer = 3\nlearning_rate = 1\n")
+    loaded = train.load_config([str(tmp_path / "c.py"), "--n_layer=5", "--compile=True"])
+    assert (loaded.n_layer, loaded.learning_rate, loaded.compile) == (5, 1.0, True)
+    (tmp_path / "c.py").write_text("n_layers = 3\n")
+    with pytest.raises(SystemExit):
+        train.load_config([str(tmp_path / "c.py")])
+
+
+# ------------------------------------------------------------------------------------ the commands
+
+def test_from_stories_to_a_story(data, tmp_path):
+    """prepare, train, sample: the real commands, from another working directory."""
+    (tmp_path / "tiny.py").write_text(
+        "n_layer, n_head, n_embd, block_size = 2, 2, 32, 64\nbatch_tokens = 512\nmax_steps = 6\n"
+        "eval_interval = 3\neval_tokens = 640\nlog_interval = 2\nkeep_checkpoints = True\n")
+    done = script("train.py", "tiny.py", f"--dataset={data}", cwd=tmp_path, check=0)
+    assert "python sample.py out/tiny" in done.stdout and "left" in done.stdout
+    out = tmp_path / "out" / "tiny"
+    assert {path.name for path in out.iterdir()} == {"ckpt.pt", "ckpt_000006.pt", "log.csv", "loss.png",
+                                                     "meta.json", "tokenizer.tiktoken"}
+    moved = out.rename(tmp_path / "moved")
+    one, again = (script("sample.py", moved, "--prompt", "Tom é", "--seed", "1", check=0).stdout for _ in "12")
+    assert one == again and one.startswith("Tom é") and "<|endoftext|>" not in one
+    several = script("sample.py", moved, "-n", "3", "--max_new_tokens", "5", check=0).stdout
+    assert several.count("-" * 40) == 3
+    table = script("sample.py", moved, moved / "ckpt_000006.pt", "--prompt", "A", check=0).stdout
+    assert [line.count(" | ") for line in table.strip().split("\n")] == [2, 2, 2]
+    talk = script("sample.py", moved, "--prompt", "-", "--max_new_tokens", "3", input="Hello\nTwo\n\n", check=0)
+    assert talk.stdout.startswith("Hello") and "\nTwo" in talk.stdout
+
+
+@pytest.mark.parametrize("command, code, says", [
+    (["prepare.py", "nothing"], 2, "--input"), (["prepare.py", "x", "--input", "no.txt"], 2, "no file"),
+    (["prepare.py", "sample", "--vocab_size", "70000"], 2, "65,536"),
+    (["train.py", "--dataset=nowhere"], 1, "prepare.py nowhere --input"),
+    (["train.py", "--max_step=3"], 2, "max_steps"), (["sample.py", "out/none"], 1, "train.py config/demo.py"),
+    (["sample.py", "x", "--temperature", "-1"], 2, "negative"), (["sample.py"], 2, "usage")])
+def test_a_mistake_gets_one_sentence(command, code, says, tmp_path):
+    done = script(*command, cwd=tmp_path, check=code)
+    assert says in done.stderr
+    assert not list(tmp_path.iterdir()) or not any(tmp_path.rglob("*.bin"))

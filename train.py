@@ -1,0 +1,582 @@
+"""How does a transformer learn to tell stories?
+
+    python train.py config/demo.py                              # on a laptop, in minutes
+    python train.py config/tiny_8l.py --learning_rate=1e-3      # any setting below can be changed so
+    torchrun --standalone --nproc_per_node=4 train.py config/tiny_8l.py         # on several GPUs
+
+It writes out/<name of the config>/: ckpt.pt, the tokenizer, log.csv and loss.png. Ctrl-C at any time: the step is
+finished and saved, and the same command goes on.
+"""
+
+import ast
+import contextlib
+import csv
+import difflib
+import functools
+import inspect
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+import prepare
+from model import GPT, GPTConfig
+
+
+@dataclass
+class Settings:
+    # what to learn from, and where to keep what was learned
+    dataset: str = "tinystories"    # a name under data/, or the path of a prepared folder
+    out_dir: str = ""               # default: out/<name of the config>
+    # the model (see model.py)
+    n_layer: int = 8
+    n_head: int = 4
+    n_embd: int = 256               # width
+    block_size: int = 512           # tokens of context
+    pos: str = "rope"               # rope, learned
+    norm: str = "rms"               # rms, layer
+    act: str = "relu2"              # relu2, gelu
+    qk_norm: bool = True
+    bias: bool = False
+    window: int = 0                 # tokens that every second layer looks back; 0: all
+    zero_init: bool = True
+    value_residual: bool = True
+    dropout: float = 0.0
+    # the optimizer
+    optimizer: str = "muon"         # muon (for matrices, AdamW for the rest), adamw (for all)
+    learning_rate: float = 5e-3     # at its peak
+    schedule: str = "linear"        # after the warm-up: constant, cosine, linear (a stay, a fall)
+    warmup_steps: int = 50
+    decay: float = 0.6              # the share of all steps in which `linear` falls
+    final_lr: float = 0.0           # what cosine and linear fall to, as a share of the peak
+    momentum: float = 0.85          # of Muon
+    beta2: float = 0.99             # of AdamW: how slowly it forgets the size of gradients
+    weight_decay: float = 0.3       # of matrices
+    grad_clip: float = 1.0          # longest gradient that is followed in full; 0: any
+    batch_tokens: int = 65_536      # tokens of one step, over all GPUs
+    micro_batch: int = 0            # rows at a time: only a matter of memory; 0: all of them
+    max_steps: int = 7_000
+    # looking at it
+    eval_interval: int = 500        # steps between two looks at the validation text; 0: at the end
+    eval_tokens: int = 163_840      # how much of it is read (twice); 0: all
+    log_interval: int = 20          # steps between two lines
+    save_interval: int = 500        # steps between two checkpoints; 0: at the end
+    keep_checkpoints: bool = False  # keep the weights of each, as ckpt_<step>.pt
+    # the machine
+    seed: int = 0
+    device: str = "auto"            # auto, cpu, cuda, mps
+    dtype: str = "auto"             # auto, bfloat16, float16, float32
+    compile: bool | None = None     # torch.compile; None: on CUDA
+    # a run that is already there
+    resume: bool = False            # go on with it, also where harmless settings have changed
+    overwrite: bool = False         # throw it away
+
+
+CHOICES = {"optimizer": ("muon", "adamw"), "schedule": ("constant", "cosine", "linear"),
+           "device": ("auto", "cpu", "cuda", "mps"),
+           "dtype": ("auto", "bfloat16", "float16", "float32")}
+HARMLESS = {"out_dir", "eval_interval", "eval_tokens", "log_interval", "save_interval", "max_steps",
+            "keep_checkpoints", "micro_batch", "device", "dtype", "compile", "resume", "overwrite"}
+
+
+# -------------------------------------------------------------------------------------- settings
+
+def wrong(message):
+    """End with one sentence and the exit code of a wrong call."""
+    print(f"train.py: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def load_config(argv):
+    """Settings from ["config/demo.py", "--key=value", ...]; what comes later counts."""
+    types, values, name = {field.name: field.type for field in fields(Settings)}, {}, "run"
+
+    def put(key, value, where):
+        if key not in types:
+            near = difflib.get_close_matches(key, types, n=1)
+            wrong(f"{where}: there is no setting {key!r}"
+                  + (f"; did you mean {near[0]}?" if near else "; python train.py -h lists them"))
+        kind = types[key]
+        if kind is float and type(value) is int or kind is int and type(value) is float \
+                and value == int(value):
+            value = kind(value)
+        if not (isinstance(value, kind) and (type(value) is not bool or kind is not int)):
+            wrong(f"{where}: {key} is {value!r}; it must be of type {getattr(kind, '__name__', kind)}")
+        if value not in CHOICES.get(key, (value,)):
+            wrong(f"{where}: {key} is {value!r}; it must be one of {', '.join(CHOICES[key])}")
+        values[key] = value
+
+    for arg in argv:
+        if arg.startswith("--"):
+            key, equals, text = arg[2:].partition("=")
+            if not (key and equals):
+                wrong(f"{arg}: settings are written --name=value, without spaces")
+            try:
+                value = text if types.get(key) is str else ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                value = text
+            put(key, value, arg)
+        else:
+            path, namespace = Path(arg), {}
+            if not path.is_file():
+                known = [file.as_posix() for file in sorted(Path("config").glob("*.py"))]
+                near = difflib.get_close_matches(arg, known, n=1)
+                wrong(f"there is no config file {arg}" + (f"; did you mean {near[0]}?" if near else
+                      ". Settings are written --name=value, without spaces"))
+            try:
+                exec(compile(path.read_text(encoding="utf-8"), arg, "exec"), namespace)
+            except Exception as error:
+                wrong(f"{arg}: {type(error).__name__}: {error}")
+            for key, value in namespace.items():
+                if not key.startswith("__"):
+                    put(key, value, arg)
+            name = path.stem
+    settings = Settings(**{"out_dir": f"out/{name}", **values})
+    for key in ("learning_rate", "batch_tokens", "log_interval"):
+        if getattr(settings, key) <= 0:
+            wrong(f"{key} is {getattr(settings, key)}; it must be more than 0")
+    for key in ("warmup_steps", "max_steps", "eval_interval", "eval_tokens", "save_interval",
+                "micro_batch", "grad_clip", "weight_decay", "seed"):
+        if getattr(settings, key) < 0:
+            wrong(f"{key} is {getattr(settings, key)}; it must not be negative")
+    if settings.batch_tokens % settings.block_size:
+        wrong(f"batch_tokens {settings.batch_tokens} is not a multiple of block_size "
+              f"{settings.block_size}")
+    return settings
+
+
+def model_config(settings, vocab_size):
+    names = {field.name for field in fields(GPTConfig)} - {"vocab_size"}
+    try:
+        return GPTConfig(vocab_size, **{name: getattr(settings, name) for name in names})
+    except ValueError as error:
+        wrong(error)
+
+
+# ------------------------------------------------------------------------------------------ data
+
+def find_data(dataset):
+    """The folder of a data set and its meta.json; the ones that we know are prepared if missing."""
+    named = prepare.HERE / "data" / dataset         # a path that is absolute stays what it is
+    folder = named if named.is_dir() or not Path(dataset).is_dir() else Path(dataset)
+    if not (folder / "meta.json").is_file():
+        if dataset not in prepare.SAMPLES and dataset not in prepare.SOURCES:
+            raise SystemExit(f"There is no prepared data set {dataset!r}. Make it: "
+                             f"python prepare.py {dataset} --input STORIES.txt")
+        print(f"Preparing {dataset} first (python prepare.py {dataset}):")
+        prepare.prepare(dataset)
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    for split in ("train", "val"):
+        path, expected = folder / f"{split}.bin", 2 * meta[split]["tokens"]
+        if not path.is_file() or path.stat().st_size != expected:
+            raise SystemExit(f"{path} does not hold the {expected:,} bytes that its meta.json names."
+                             f" Make it anew: python prepare.py {dataset} --force")
+    return folder, meta
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(windows, block_size, seed, epoch):
+    """How one epoch reads the stream: where its first window begins, and the order of windows."""
+    rng = np.random.default_rng((seed, epoch))
+    return int(rng.integers(block_size)), rng.permutation(windows)
+
+
+def get_batch(path, block_size, rows, seed):
+    """The windows of the token stream that have the numbers `rows`, counted from the start of
+    training -> x, y (len(rows), block_size) int64; y is x one token later. An epoch shuffles the
+    windows and moves their edges; within it each token is a target once, but for up to two
+    windows at the ends. A function of its arguments alone: a resumed run needs nothing else."""
+    data = np.memmap(path, dtype=np.uint16, mode="r")   # opened anew: its pages are let go again
+    windows = len(data) // block_size - 1
+    both = np.empty((len(rows), block_size + 1), dtype=np.int64)
+    for out, row in zip(both, rows):
+        offset, order = epoch_order(windows, block_size, seed, row // windows)
+        start = offset + int(order[row % windows]) * block_size
+        out[:] = data[start:start + block_size + 1]
+    both = torch.from_numpy(both)
+    return both[:, :-1], both[:, 1:]
+
+
+def validation(path, meta, block_size, eval_tokens, rows):
+    """Two views of the same validation text, each a list of batches x, y of at most `rows` rows:
+    windows of the stream, which can be compared with other runs; and whole stories, each read
+    from its own beginning (cut at block_size), as it is when one is told."""
+    data = np.fromfile(path, dtype=np.uint16, count=eval_tokens + 1 if eval_tokens else -1)
+    data = torch.from_numpy(data.astype(np.int64))
+    n = (len(data) - 1) // block_size * block_size
+    x, y = data[:n].view(-1, block_size), data[1:n + 1].view(-1, block_size)
+    windows = list(zip(x.split(rows), y.split(rows)))
+    ends = (data == meta["eot"]).nonzero().flatten() + 1
+    stories = [nn.functional.pad(story, (1, 0), value=meta["eot"])[:block_size + 1]
+               for story in data[:ends[-1] if len(ends) else 0].tensor_split(ends[:-1])]
+    stories.sort(key=len)                           # like lengths together: little padding
+    whole = []
+    for i in range(0, len(stories), rows):
+        batch = nn.utils.rnn.pad_sequence(stories[i:i + rows], batch_first=True, padding_value=-1)
+        whole.append((batch[:, :-1].clamp(min=0), batch[:, 1:]))
+    return windows, whole
+
+
+@torch.no_grad()
+def evaluate(model, batches, device, autocast):
+    """Mean loss in nats per token over batches of x, y."""
+    model.eval()
+    total, count = 0.0, 0
+    for x, y in batches:
+        with autocast():
+            loss = model(x.to(device), y.to(device))[1]
+        n = int((y >= 0).sum())
+        total, count = total + loss.double().cpu().item() * n, count + n
+    model.train()
+    return total / max(count, 1)
+
+
+# --------------------------------------------------------------------------------------- machine
+
+def choose_device(settings, local_rank):
+    name = settings.device
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("device is cuda, but torch sees no CUDA device. Use --device=auto, or "
+                         "install the torch build that fits your driver (pytorch.org).")
+    if name == "cuda":
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    return torch.device(name)
+
+
+def choose_dtype(settings, device):
+    """bfloat16 where the hardware multiplies it, float16 on older GPUs, else float32."""
+    if settings.dtype != "auto":
+        return getattr(torch, settings.dtype)
+    if device.type == "cuda":
+        real = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if real else torch.float16
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        can = torch.cpu.get_capabilities()
+        return torch.bfloat16 if can.get("avx512_bf16") or can.get("amx_bf16") else torch.float32
+    return torch.float32
+
+
+def make_optimizers(model, settings, device):
+    """Muon (arXiv 2502.16982) turns the update of a matrix into one that moves all its directions
+    alike, scaled so that AdamW's learning rate fits; vectors and embeddings go to AdamW."""
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    held = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in held]
+    groups = [{"params": others, "weight_decay": 0.0}]
+    if settings.optimizer == "adamw":
+        groups.append({"params": matrices, "weight_decay": settings.weight_decay})
+    optimizers = [torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, settings.beta2),
+                                    fused=device.type == "cuda")]
+    if settings.optimizer == "muon":
+        optimizers.append(torch.optim.Muon(matrices, lr=settings.learning_rate,
+                                           momentum=settings.momentum,
+                                           weight_decay=settings.weight_decay,
+                                           adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def lr_share(settings, step):
+    """The learning rate of a step (0, 1, ...) as a share of its peak."""
+    if step < settings.warmup_steps:
+        return (step + 1) / settings.warmup_steps
+    left = (settings.max_steps - step) / max(settings.max_steps - settings.warmup_steps, 1)
+    share = {"constant": 1.0, "cosine": 0.5 - 0.5 * math.cos(math.pi * left),
+             "linear": min(1.0, left / settings.decay if settings.decay else 1.0)}[settings.schedule]
+    return share if settings.schedule == "constant" else \
+        settings.final_lr + (1 - settings.final_lr) * share
+
+
+# ---------------------------------------------------------------------------------- what is kept
+
+def save(path, content):
+    """Write a checkpoint whole or not at all."""
+    part = Path(f"{path}.part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        return True
+    except (OSError, RuntimeError) as error:        # torch words a full disk as a RuntimeError
+        part.unlink(missing_ok=True)
+        free = shutil.disk_usage(part.parent).free / 1e6
+        print(f"Could not save {path} ({str(error)[:80]}; {free:,.0f} MB free). "
+              "The checkpoint before it stays.", file=sys.stderr)
+        return False
+
+
+COLUMNS = ["step", "tokens", "seconds", "train_loss", "val_loss", "val_bpb", "lr", "grad_norm",
+           "tokens_per_s"]
+
+
+def read_log(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if None not in row.values()]
+
+
+def write_log(path, rows):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def draw_loss(folder, title, bound=None):
+    """log.csv -> loss.png"""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = read_log(folder / "log.csv")
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for column, style in (("train_loss", "-"), ("val_loss", "o-")):
+        points = [(int(row["tokens"]), float(row[column])) for row in rows if row[column]]
+        if points:
+            axes.plot(*zip(*points), style, label=column.replace("_", " "), markersize=4)
+    if bound:
+        axes.axhline(bound, color="gray", linestyle=":", label="the grammar's own entropy")
+    axes.set(xlabel="tokens", ylabel="nats per token", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(folder / "loss.png", dpi=120)
+    plt.close(figure)
+
+
+def take_up(settings, folder):
+    """What to do with a run that is already in out_dir -> its checkpoint, or None to begin."""
+    path = folder / "ckpt.pt"
+    if settings.overwrite or not path.exists():
+        return None
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        old = checkpoint["settings"]
+    except Exception as error:              # a damaged file can raise nearly anything
+        raise SystemExit(f"{path} cannot be read ({type(error).__name__}: {str(error)[:80]}). "
+                         "Move it away, or begin anew with --overwrite=True.")
+    new = asdict(settings)
+    differ = {key: f"{key} ({old.get(key)} there, {new[key]} here)" for key in new
+              if old.get(key) != new[key] and key not in ("resume", "overwrite", "out_dir")}
+    if differ and settings.resume and HARMLESS.issuperset(differ):
+        print(f"Going on with changed settings: {', '.join(differ.values())}")
+    elif differ:
+        go_on = "add --resume=True to go on with these" if HARMLESS.issuperset(differ) else \
+            "go on with the settings from there"
+        raise SystemExit(f"{folder} holds a run with other settings: {', '.join(differ.values())}. "
+                         f"Either {go_on}, or choose another --out_dir, or throw that run away with "
+                         "--overwrite=True.")
+    return checkpoint
+
+
+# ------------------------------------------------------------------------------------------ main
+
+def train(settings):
+    began = time.time()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = choose_device(settings, int(os.environ.get("LOCAL_RANK", 0)))
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(hours=4))
+    say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
+    if rank == 0:
+        find_data(settings.dataset)                     # the others wait until it is there
+    if world > 1:
+        dist.barrier()
+    data, meta = find_data(settings.dataset)
+    T = settings.block_size
+    if meta["train"]["tokens"] < 2 * T:
+        raise SystemExit(f"{data} has {meta['train']['tokens']} tokens to learn from; a block_size "
+                         f"of {T} needs {2 * T} at least.")
+    rows = settings.batch_tokens // T                   # of one step, over all ranks
+    micro = settings.micro_batch or max(rows // world, 1)
+    if rows % (world * micro):
+        wrong(f"batch_tokens / block_size = {rows} rows cannot be dealt to {world} process(es) in "
+              f"micro-batches of {micro}")
+
+    folder = Path(settings.out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = take_up(settings, folder)
+    if checkpoint and checkpoint["step"] >= settings.max_steps:
+        say(f"{folder} is finished: {checkpoint['step']} steps. Sample it: python sample.py {folder}."
+            f" Train on: --max_steps={2 * checkpoint['step']} --resume=True")
+        return
+    dtype = choose_dtype(settings, device)
+    autocast = functools.partial(torch.autocast, device.type, dtype, dtype != torch.float32)
+    torch.set_float32_matmul_precision("high")          # what stays float32 may use TF32
+    torch.manual_seed(settings.seed)
+    model = GPT(model_config(settings, meta["vocab_size"])).to(device)
+    optimizers = make_optimizers(model, settings, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    step, seconds = 0, 0.0
+    loss_sum, loss_steps = torch.zeros((), device=device), 0            # since the last log line
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(state)
+        scaler.load_state_dict(checkpoint["scaler"])
+        step, seconds, loss_steps = (checkpoint[key] for key in ("step", "seconds", "loss_steps"))
+        loss_sum += checkpoint["loss_sum"].to(device)
+    log = [row for row in read_log(folder / "log.csv") if int(row["step"]) <= step] \
+        if checkpoint and (folder / "log.csv").exists() else []
+    if rank == 0:
+        write_log(folder / "log.csv", log)
+        for name in ("tokenizer.tiktoken", "meta.json"):
+            shutil.copyfile(data / name, folder / name)
+    learner = model                                     # the same weights, made fit for training
+    compiled = device.type == "cuda" if settings.compile is None else settings.compile
+    if compiled:
+        learner = torch.compile(learner)
+    if world > 1:
+        learner = nn.parallel.DistributedDataParallel(
+            learner, device_ids=[device.index] if device.type == "cuda" else None)
+
+    tokens_per_step, flops = rows * T, model.flops_per_token()
+    say(f"{folder}: {model.count_parameters():,} parameters ({model.count_parameters(False):,} "
+        f"without embeddings), {settings.max_steps * tokens_per_step:,} tokens = "
+        f"{settings.max_steps * tokens_per_step / meta['train']['tokens']:.2f} epochs; "
+        f"{device.type}, {str(dtype)[6:]}{', compiled' if compiled else ''}"
+        + (f"; going on from step {step:,}" if step else ""))
+    windows, stories = validation(data / "val.bin", meta, T, settings.eval_tokens, micro) \
+        if rank == 0 else (None, None)
+    bits = meta["val"]["tokens"] / meta["val"]["bytes"] / math.log(2)   # nats/token -> bits/byte
+    tokenizer = prepare.load_tokenizer(data)
+
+    signals = []
+
+    def on_signal(number, frame):
+        if signals:
+            os._exit(128 + number)
+        signals.append(number)
+        say("\nFinishing this step, then saving (once more to leave at once) ...")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    start, clock, clock_step, norm, saved = step, time.time(), step, None, True
+    while True:
+        # ------------------------------------------------- between two steps: look, save, or stop
+        last = step >= settings.max_steps
+        due_log, due_eval, due_save = (last or every > 0 and step % every == 0 for every in (
+            settings.log_interval, settings.eval_interval, settings.save_interval))
+        stop = list(signals) if world == 1 else agree(signals, device) if due_log else []
+        if (due_log or due_eval or due_save or stop) and (step > start or last):
+            if world > 1:
+                dist.all_reduce(loss_sum)
+                loss_sum /= world
+            loss, lr = loss_sum.item() / max(loss_steps, 1), settings.learning_rate * lr_share(
+                settings, max(step - 1, 0))             # reading the loss waits for the device
+            if not math.isfinite(loss):
+                raise SystemExit(f"The loss is {loss} at step {step} (learning rate {lr:.2e}, gradient "
+                                 f"norm {float(norm):.2e}). The checkpoint before it stays. Try a "
+                                 "smaller --learning_rate or more --warmup_steps.")
+            spent, done = time.time() - clock, (step - clock_step) * tokens_per_step
+            seconds += spent
+            row = dict.fromkeys(COLUMNS, "")
+            if loss_steps and due_log:
+                left = (settings.max_steps - step) * spent / max(step - clock_step, 1)
+                say(f"step {step:>6,}/{settings.max_steps:,} | loss {loss:.4f} | lr {lr:.2e} | "
+                    f"{done / spent:,.0f} tokens/s | {flops * done / spent / 1e12:.3g} TFLOP/s | "
+                    f"{left // 60:.0f}m{left % 60:02.0f}s left")
+                row |= {"train_loss": loss, "lr": lr, "grad_norm": float(norm),
+                        "tokens_per_s": round(done / spent)}
+                loss_sum, loss_steps = torch.zeros((), device=device), 0
+            if due_eval and rank == 0:
+                val, whole = (evaluate(model, view, device, autocast) for view in (windows, stories))
+                row |= {"val_loss": val, "val_bpb": val * bits}
+                say(f"step {step:>6,} | validation {val:.4f} nats per token, {val * bits:.4f} bits "
+                    f"per byte | whole stories {whole:.4f} nats per token" + against(meta, whole))
+                ids = model.generate([[meta["eot"]]], 60, 0.8, stop=meta["eot"])[0]
+                say("    " + " ".join(tokenizer.decode(ids).split()) + " ...")
+            if rank == 0 and (due_log or due_eval):
+                row |= {"step": step, "tokens": step * tokens_per_step, "seconds": round(seconds, 2)}
+                log.append(row)
+                write_log(folder / "log.csv", log)
+                if due_eval:
+                    draw_loss(folder, folder.name, meta.get("entropy_bound", {}).get("nats_per_token"))
+            if rank == 0 and (due_save or stop):
+                content = {"model": model.state_dict(), "model_config": asdict(model.config),
+                           "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                           "scaler": scaler.state_dict(), "settings": asdict(settings), "step": step,
+                           "seconds": seconds, "loss_sum": loss_sum, "loss_steps": loss_steps}
+                saved = save(folder / "ckpt.pt", content)
+                if settings.keep_checkpoints:
+                    light = {key: content[key] for key in ("model", "model_config", "settings", "step")}
+                    save(folder / f"ckpt_{step:06}.pt", light)
+            clock, clock_step = time.time(), step
+        if last or stop:
+            break
+
+        # -------------------------------------------------------------------------------- one step
+        torch.manual_seed(settings.seed + 1 + step * world + rank)      # what dropout draws
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * lr_share(settings, step)
+        mine = range(step * rows + rank * rows // world, step * rows + (rank + 1) * rows // world)
+        for i in range(0, len(mine), micro):
+            x, y = get_batch(data / "train.bin", T, mine[i:i + micro], settings.seed)
+            if device.type == "cuda":
+                x, y = x.pin_memory(), y.pin_memory()
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            waits = world > 1 and i + micro < len(mine)                 # gradients cross once a step
+            with learner.no_sync() if waits else contextlib.nullcontext():
+                with autocast():
+                    loss = learner(x, y)[1] * (micro / len(mine))
+                scaler.scale(loss).backward()
+            loss_sum += loss.detach()
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        scaler.update()
+        step, loss_steps = step + 1, loss_steps + 1
+
+    if world > 1:
+        dist.destroy_process_group()
+    if stop:
+        say(f"Stopped after step {step}. The same command goes on.")
+        raise SystemExit(128 + stop[0])
+    say(f"Done in {(time.time() - began) / 60:.1f} minutes ({seconds / 60:.1f} of training). "
+        f"A story: python sample.py {folder}   The curve: {folder / 'loss.png'}")
+    if not saved:
+        raise SystemExit(f"The last checkpoint of {folder} could not be saved.")
+
+
+def agree(signals, device):
+    """The signal that any rank has seen, so that all stop after the same step."""
+    seen = torch.tensor(signals[0] if signals else 0, device=device)
+    dist.all_reduce(seen, dist.ReduceOp.MAX)
+    return [int(seen)] if seen else []
+
+
+def against(meta, whole):
+    """How far a loss on whole stories is from the best that any model can do, where we know it."""
+    if "entropy_bound" not in meta:
+        return ""
+    bound = meta["entropy_bound"]["nats_per_token"]
+    return f" ({whole / bound - 1:+.1%} against the grammar's own {bound:.4f})"
+
+
+def main():
+    if "-h" in sys.argv or "--help" in sys.argv:
+        print(__doc__ + "\n" + inspect.getsource(Settings))
+        return
+    train(load_config(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()
