@@ -1,12 +1,14 @@
 """How does a transformer turn the words so far into a guess at the next one?
 
-A decoder-only transformer, written out by hand: GPT(config)(idx, targets) -> logits, loss. One class, a few switches;
-two settings of them matter. "Ours" is the default: rotary positions, RMS norm, normalised queries and keys, squared ReLU,
-output projections that start at zero. The paper's is GPT-Neo (arXiv 2305.07759): learned positions, LayerNorm, GELU,
-biases, and attention that looks only a window back in every second layer. See config/paper_8m.py.
+A decoder-only transformer, written out by hand: GPT(config)(idx, targets) -> logits, loss. Of its
+few switches, two settings matter. "Ours" is the default: rotary positions, RMS norm, normalised
+queries and keys, squared ReLU, output projections that start at zero, values handed on from the
+first layer. The paper's is GPT-Neo (arXiv 2305.07759): learned positions, LayerNorm, GELU, biases,
+attention that looks only a window back in every second layer. See config/paper_8m.py.
 
-Single letters are axes:  B rows in the batch   T tokens in a row   S tokens that can be looked at (cache and row)
-                          C width (n_embd)      H heads             D width of a head (C / H)      V vocabulary
+Single letters are axes:
+    B rows of a batch    T tokens of a row     S tokens that can be looked at (cache and row)
+    C width (n_embd)     H heads               D width of a head (C / H)        V vocabulary
 """
 
 import math
@@ -24,14 +26,14 @@ class GPTConfig:
     n_layer: int = 8
     n_head: int = 4
     n_embd: int = 256           # width of the residual stream
-    pos: str = "rope"           # where a token stands: rope (turn queries and keys) or learned (add a vector)
+    pos: str = "rope"           # where a token stands: rope (turned) or learned (a vector)
     norm: str = "rms"           # rms (no weights) or layer (LayerNorm)
     act: str = "relu2"          # relu2 (squared ReLU) or gelu
     qk_norm: bool = True        # give queries and keys unit size, so that attention cannot saturate
-    bias: bool = False          # biases in the linear layers (queries, keys and values never have one, as in GPT-Neo)
-    window: int = 0             # layers 1, 3, 5 ... look at most this many tokens back; 0: all look at everything
-    zero_init: bool = True      # output projections start at zero: at first, each block passes its input through
-    value_residual: bool = True # every layer mixes the first layer's values into its own (arXiv 2410.17897)
+    bias: bool = False          # not of queries, keys and values, as in GPT-Neo
+    window: int = 0             # layers 1, 3, 5 ... look this many tokens back at most; 0: at all
+    zero_init: bool = True      # output projections start at zero: a fresh block changes nothing
+    value_residual: bool = True # layers mix the first one's values into theirs (arXiv 2410.17897)
     dropout: float = 0.0
 
     def __post_init__(self):
@@ -41,10 +43,10 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         if self.pos == "rope" and (self.n_embd // self.n_head) % 2:
-            raise ValueError(f"rope needs heads of even width, not n_embd / n_head = {self.n_embd // self.n_head}")
-        for name, ways in (("pos", ("rope", "learned")), ("norm", ("rms", "layer")), ("act", ("relu2", "gelu"))):
-            if getattr(self, name) not in ways:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(ways)}")
+            raise ValueError(f"rope needs heads of even width, not {self.n_embd // self.n_head}")
+        for name, ways in (("pos", "rope learned"), ("norm", "rms layer"), ("act", "relu2 gelu")):
+            if getattr(self, name) not in ways.split():
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of: {ways}")
         if self.window < 0 or not 0 <= self.dropout < 1:
             raise ValueError("window must not be negative, and dropout must lie in [0, 1)")
 
@@ -61,33 +63,49 @@ def make_norm(config):
 
 
 def rotary_table(length, D, base=10_000.0):
-    """Cosines and sines of the angles by which position t turns pair i of a head, each (length, D / 2)."""
-    speed = base ** (-torch.arange(0, D, 2).float() / D)                # from one radian a token to almost none
-    angle = torch.arange(length).float()[:, None] * speed               # (length, D / 2)
-    return torch.stack((angle.cos(), angle.sin()))                      # (2, length, D / 2)
+    """Cosines and sines of the angles by which a position turns each pair of a head's numbers
+    (arXiv 2104.09864) -> (2, length, D / 2)."""
+    speed = base ** (-torch.arange(0, D, 2).float() / D)        # one radian a token to almost none
+    angle = torch.arange(length).float()[:, None] * speed       # (length, D / 2)
+    return torch.stack((angle.cos(), angle.sin()))              # (2, length, D / 2)
 
 
 def rotate(x, table):
-    """Turn x (B, H, T, D) by `table` (2, T, D / 2): products of queries and keys then depend on their distance alone."""
+    """Turn x (B, H, T, D) by a table (2, T, D / 2): the product of a turned query and a turned key
+    depends on their distance, not on where they stand."""
     cos, sin = table.to(x.dtype)
     a, b = x.chunk(2, dim=-1)                                           # each (B, H, T, D / 2)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)    # (B, H, T, D)
 
 
 class Cache:
-    """The keys and values of the tokens read so far, for every layer, so that no token is read twice."""
+    """The keys and values of the tokens read so far, so that no token is read twice."""
 
     def __init__(self, config, rows, device, dtype):
-        shape = (config.n_layer, rows, config.n_head, config.block_size, config.n_embd // config.n_head)
-        self.k = torch.empty(shape, device=device, dtype=dtype)         # (layers, B, H, block_size, D)
+        shape = (config.n_layer, rows, config.n_head, config.block_size,
+                 config.n_embd // config.n_head)
+        self.k = torch.empty(shape, device=device, dtype=dtype)     # (layers, B, H, block_size, D)
         self.v = torch.empty_like(self.k)
-        self.length = 0                                                 # tokens in it
+        self.length = 0                                             # tokens in it
 
     def extend(self, layer, k, v):
-        """Append k and v (B, H, T, D) to a layer; return all of its keys and values (B, H, S, D)."""
+        """Append k and v (B, H, T, D) to a layer -> all its keys and values (B, H, S, D)."""
         S = self.length + k.size(2)
         self.k[layer, :, :, self.length:S], self.v[layer, :, :, self.length:S] = k, v
         return self.k[layer, :, :, :S], self.v[layer, :, :, :S]
+
+
+def attend(q, k, v, mask, dropout=0.0):
+    """Queries (B, H, T, D), keys and values (B, H, S, D) -> what each query gathers (B, H, T, D).
+    mask (T, S) says who may look at whom; None: at itself and all before it. A GPU has a kernel
+    that never writes the scores down (arXiv 2205.14135); on a CPU, plain products are faster."""
+    if q.device.type != "cpu":
+        causal = mask is None and q.size(2) > 1
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
+    scores = q * q.size(-1) ** -0.5 @ k.transpose(-1, -2)           # (B, H, T, S)
+    scores = scores + torch.zeros(mask.shape, dtype=scores.dtype).masked_fill_(~mask, -math.inf)
+    weights = torch.softmax(scores, dim=-1, dtype=scores.dtype)     # how much of each value
+    return F.dropout(weights, dropout) @ v if dropout else weights @ v
 
 
 class Attention(nn.Module):
@@ -96,17 +114,18 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         C = config.n_embd
-        self.layer, self.n_head, self.qk_norm, self.dropout = layer, config.n_head, config.qk_norm, config.dropout
+        self.layer, self.n_head = layer, config.n_head
+        self.qk_norm, self.dropout = config.qk_norm, config.dropout
         self.window = config.window if layer % 2 else 0
         self.query, self.key, self.value = (nn.Linear(C, C, bias=False) for _ in range(3))
         self.out = nn.Linear(C, C, bias=config.bias)
         mixes = config.value_residual and layer > 0
-        self.mix = nn.Parameter(torch.tensor(0.5)) if mixes else None   # the share of the first layer's values
+        self.mix = nn.Parameter(torch.tensor(0.5)) if mixes else None   # the first layer's share
 
     def forward(self, x, rotary=None, first=None, cache=None):
-        """x (B, T, C), the values of the first layer (B, H, T, D) or None -> (B, T, C), those values."""
+        """x (B, T, C), the first layer's values (B, H, T, D) or None -> (B, T, C), those values."""
         B, T, C = x.shape
-        q, k, v = (project(x).view(B, T, self.n_head, -1).transpose(1, 2)             # each (B, H, T, D)
+        q, k, v = (project(x).view(B, T, self.n_head, -1).transpose(1, 2)   # each (B, H, T, D)
                    for project in (self.query, self.key, self.value))
         if self.qk_norm:
             q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
@@ -116,13 +135,13 @@ class Attention(nn.Module):
         if self.mix is not None:
             v = torch.lerp(v, first, self.mix.to(v.dtype))
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v)                                     # (B, H, S, D)
+            k, v = cache.extend(self.layer, k, v)                           # (B, H, S, D)
         S, mask = k.size(2), None
-        if T > 1 and S > T or 0 < self.window < S:    # else the plain causal rule does, and the fast kernels apply
-            i, j = torch.arange(S - T, S, device=x.device)[:, None], torch.arange(S, device=x.device)
-            mask = (j <= i) & (j > i - (self.window or S))                            # (T, S): may i look at j?
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1,
-                                           dropout_p=self.dropout if self.training else 0.0)
+        if T > 1 and S > T or 0 < self.window < S or x.device.type == "cpu":
+            j = torch.arange(S, device=x.device)
+            i = j[S - T:, None]
+            mask = (j <= i) & (j > i - (self.window or S))              # (T, S): i may look at j
+        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.out(y.transpose(1, 2).reshape(B, T, C)), first
 
 
@@ -132,7 +151,8 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.act = {"relu2": lambda x: F.relu(x).square(), "gelu": lambda x: F.gelu(x, approximate="tanh")}[config.act]
+        self.act = {"relu2": lambda x: F.relu(x).square(),
+                    "gelu": lambda x: F.gelu(x, approximate="tanh")}[config.act]
         self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x):
@@ -140,7 +160,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A layer: attention, then the MLP, each reading a normalised copy of the stream and adding to it."""
+    """A layer: attention, then the MLP; each reads the stream, normalised, and adds to it."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -158,18 +178,20 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, C = config, config.n_embd
-        padded = math.ceil(config.vocab_size / 64) * 64     # matrix units want round sizes; the rest is never drawn
+        padded = math.ceil(config.vocab_size / 64) * 64     # matrix units want round sizes
         self.token_embedding = nn.Embedding(padded, C)      # its transpose is the head, too
-        self.position_embedding = nn.Embedding(config.block_size, C) if config.pos == "learned" else None
-        rotary = rotary_table(config.block_size, C // config.n_head) if config.pos == "rope" else None
-        self.register_buffer("rotary", rotary, persistent=False)
+        learned = config.pos == "learned"
+        table = rotary_table(config.block_size, C // config.n_head)
+        self.position_embedding = nn.Embedding(config.block_size, C) if learned else None
+        self.register_buffer("rotary", None if learned else table, persistent=False)
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = make_norm(config)
         self.apply(self._init)
-        for block in self.blocks:       # 2 n_layer of these add to the stream: together they keep its size (GPT-2)
-            for down in (block.attention.out, block.mlp.down):
-                nn.init.normal_(down.weight, std=0.0 if config.zero_init else 0.02 / math.sqrt(2 * config.n_layer))
+        std = 0.0 if config.zero_init else 0.02 / math.sqrt(2 * config.n_layer)
+        for block in self.blocks:       # all that adds to the stream: together it keeps its size
+            nn.init.normal_(block.attention.out.weight, std=std)
+            nn.init.normal_(block.mlp.down.weight, std=std)
 
     def _init(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -178,14 +200,16 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(self, idx, targets=None, cache=None):
-        """idx (B, T) int64 token ids -> logits (B, T, V padded to a multiple of 64), loss in nats per token.
+        """idx (B, T) int64 -> logits (B, T, V padded to a multiple of 64), loss in nats per token.
 
-        targets (B, T): the id that follows each token, -1 where nothing is asked. Without targets the loss is None.
-        cache: a Cache that holds the tokens before idx; idx is added to it."""
-        start, end = (cache.length if cache else 0), (cache.length if cache else 0) + idx.size(1)
+        targets (B, T): the id that follows each token, -1 where nothing is asked; without them
+        the loss is None. cache: a Cache that holds the tokens before idx; idx is added to it.
+        ValueError: more tokens than block_size."""
+        start = cache.length if cache else 0
+        end = start + idx.size(1)
         if end > self.config.block_size:
-            raise ValueError(f"{end} tokens do not fit into the context of {self.config.block_size}")
-        x = self.token_embedding(idx)                                       # (B, T, C)
+            raise ValueError(f"{end} tokens do not fit the context of {self.config.block_size}")
+        x = self.token_embedding(idx)                                   # (B, T, C)
         if self.position_embedding is not None:
             x = x + self.position_embedding.weight[start:end]
         x = self.drop(x)
@@ -195,52 +219,61 @@ class GPT(nn.Module):
             x, first = block(x, rotary, first, cache)
         if cache:
             cache.length = end
-        logits = F.linear(self.norm(x), self.token_embedding.weight)        # (B, T, V)
+        logits = F.linear(self.norm(x), self.token_embedding.weight)    # (B, T, V)
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        return logits, loss
 
     def count_parameters(self, embeddings=True):
-        left_out = () if embeddings else (self.token_embedding, self.position_embedding)
-        return sum(p.numel() for p in self.parameters()) - sum(m.weight.numel() for m in left_out if m is not None)
+        return sum(p.numel() for name, p in self.named_parameters()
+                   if embeddings or "embedding" not in name)
 
     def flops_per_token(self):
-        """Operations of one training step per token: 6 for each weight of a matrix product, and the attention's own."""
+        """Operations of a training step per token: 6 a weight, and the attention's own."""
         c = self.config
         return 6 * self.count_parameters() + 12 * c.n_layer * c.n_embd * c.block_size
 
     @torch.no_grad()
-    def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=None, seed=0):
-        """Continue many prompts (B lists of ids, of any lengths of 1 or more) at once; yield as each token is written.
+    def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=None,
+               seed=0):
+        """Continue B prompts (lists of one id or more, of any lengths) at once, token by token.
 
-        Each yield is a list of B entries: the new id, or None for a row that still reads its prompt or has ended.
-        A row ends with the id `stop` (which is yielded) or after max_new_tokens. The rows march in step from
-        position 0: while a short prompt is being continued, a longer one is still being read, so nothing is padded."""
+        Each yield is a list of B entries: the new id, or None for a row that still reads its
+        prompt or has ended. A row ends with the id `stop` (which is yielded) or after
+        max_new_tokens. The rows march in step from position 0: while a short prompt is being
+        continued, a longer one is still being read, so nothing is padded."""
         if not prompts or not min(map(len, prompts)):
             raise ValueError("a prompt needs at least one token (the end mark starts a story)")
-        was_training, device, B = self.training, self.token_embedding.weight.device, len(prompts)
-        generator = torch.Generator().manual_seed(seed)         # on the CPU: the same draw on every device
+        B, block_size = len(prompts), self.config.block_size
+        device = self.token_embedding.weight.device
+        generator = torch.Generator().manual_seed(seed)     # on the CPU: alike on every device
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         tokens = torch.zeros(B, int(lengths.max()) + max_new_tokens, dtype=torch.long)
         for row, prompt in zip(tokens, prompts):
             row[:len(prompt)] = torch.tensor(prompt)
         cache = Cache(self.config, B, device, self.token_embedding.weight.dtype)
-        t, new, alive = int(lengths.min()), int(lengths.min()), torch.full((B,), max_new_tokens > 0)
+        t = new = int(lengths.min())        # tokens that all rows have; those not yet in the cache
+        alive, was_training = torch.full((B,), max_new_tokens > 0), self.training
         self.eval()
         while alive.any():
-            if cache.length + new > self.config.block_size:     # full: go on with the newer half of what stands there
-                cache.length, new = 0, min(t, max(1, self.config.block_size // 2))
-            logits = self(tokens[:, t - new:t].to(device), cache=cache)[0][:, -1, :self.config.vocab_size]   # (B, V)
-            drawn = draw(logits, temperature, top_k, top_p, generator).cpu()                                 # (B,)
+            if cache.length + new > block_size:             # full: go on with the newer half
+                cache.length, new = 0, min(t, max(1, block_size // 2))
+            logits = self(tokens[:, t - new:t].to(device), cache=cache)[0][:, -1]       # (B, V)
+            logits = logits[:, :self.config.vocab_size]     # padding is never drawn
+            drawn = draw(logits, temperature, top_k, top_p, generator).cpu()            # (B,)
             writes = alive & (t >= lengths)
             tokens[:, t] = torch.where(t < lengths, tokens[:, t], drawn)
             yield [int(token) if write else None for token, write in zip(tokens[:, t], writes)]
             t, new = t + 1, 1
-            alive &= (t < lengths + max_new_tokens) & ~(writes & (drawn == (-1 if stop is None else stop)))
+            alive &= t < lengths + max_new_tokens
+            if stop is not None:
+                alive &= ~(writes & (drawn == stop))
         self.train(was_training)
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=None, seed=0):
-        """Continue B prompts (as in `stream`) -> B lists of new ids, without `stop`."""
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=None,
+                 seed=0):
+        """Continue B prompts, as `stream` does -> B lists of new ids, without `stop`."""
         written = [[] for _ in idx]
         for tokens in self.stream(idx, max_new_tokens, temperature, top_k, top_p, stop, seed):
             for row, token in zip(written, tokens):
@@ -250,18 +283,18 @@ class GPT(nn.Module):
 
 
 def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """Draw one id a row from logits (B, V) -> (B,). Temperature 0 takes the likeliest; top_k keeps the k likeliest;
-    top_p keeps the likeliest whose probabilities add up to p (arXiv 1904.09751)."""
+    """Draw one id a row from logits (B, V) -> (B,). Temperature 0 takes the likeliest; top_k keeps
+    the k likeliest; top_p those whose probabilities first add up to p (arXiv 1904.09751)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
     if 0 < top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
-    probs = F.softmax(logits, dim=-1)                           # (B, V)
+    probs = F.softmax(logits, dim=-1)                       # (B, V)
     if top_p < 1:
         ordered, order = probs.sort(dim=-1, descending=True)
-        tail = ordered.cumsum(dim=-1) - ordered >= top_p        # what comes before already adds up to p
+        tail = ordered.cumsum(dim=-1) - ordered >= top_p    # what comes before already adds up to p
         probs = torch.zeros_like(probs).scatter(1, order, ordered.masked_fill(tail, 0.0))
-    heights = probs.cumsum(dim=-1)                              # one uniform number a row, looked up on this ladder
-    u = torch.rand(logits.size(0), 1, generator=generator).to(heights.device) * heights[:, -1:]
-    return torch.searchsorted(heights, u, right=True).squeeze(1).clamp(max=logits.size(-1) - 1)
+    ladder = probs.cumsum(dim=-1)                           # one number a row finds its rung
+    u = torch.rand(logits.size(0), 1, generator=generator).to(ladder.device) * ladder[:, -1:]
+    return torch.searchsorted(ladder, u, right=True).squeeze(1).clamp(max=logits.size(-1) - 1)

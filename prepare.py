@@ -1,17 +1,20 @@
 """How do stories become the numbers that a model reads?
 
-    python prepare.py sample                # told by data/grammar.txt: no download, half a minute
-    python prepare.py tinystories           # what the paper trained on (V1): a download of 1.9 GB
-    python prepare.py tinystories-v2        # the part of it that GPT-4 wrote, and more: 2.2 GB
-    python prepare.py instruct              # TinyStories-Instruct: 2.7 GB; sample-instruct: the same from the grammar
-    python prepare.py mine --input stories.txt [--valid other.txt]      # your own, in any language
+    python prepare.py sample           # told by data/grammar.txt: no download, half a minute
+    python prepare.py tinystories      # what the paper trained on (V1): a download of 1.9 GB
+    python prepare.py tinystories-v2   # the part of it that GPT-4 wrote, and more: 2.2 GB
+    python prepare.py instruct         # TinyStories-Instruct: 2.7 GB
+    python prepare.py sample-instruct  # the same from the grammar
+    python prepare.py mine --input stories.txt [--valid other.txt]   # your own, in any language
 
-It writes data/<name>/train.bin and val.bin (uint16 token ids; the id of <|endoftext|> follows each story), tokenizer.tiktoken
-(the tokens in order of rank, as tiktoken stores them) and, last, meta.json: without it, nothing is there.
+It writes data/<name>/train.bin and val.bin (uint16 token ids; the id of <|endoftext|> follows each
+story), tokenizer.tiktoken (the tokens in order of rank, as tiktoken stores them) and, last,
+meta.json: without it, nothing is there.
 """
 
 import argparse
 import base64
+import errno
 import hashlib
 import heapq
 import itertools
@@ -29,15 +32,15 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-MARK = "<|endoftext|>"                      # stands between stories in the text files, and is one token
-PIECE = 4 << 20                             # bytes read at a time
-LONGEST = 64 << 20                          # bytes of the longest story that we take
-COUNTED = 100 << 20                         # bytes of text from which a tokenizer is made
-# How GPT-2 cuts text before it merges bytes: endings such as 's, words, numbers, signs, each with the space before it.
+MARK = "<|endoftext|>"      # stands between stories in the text files, and is one token
+PIECE = 4 << 20             # bytes read at a time
+LONGEST = 64 << 20          # bytes of the longest story that we take
+COUNTED = 100 << 20         # bytes of text from which a tokenizer is made
+# How GPT-2 cuts text before it merges bytes: 's and the like, words, numbers, signs, blanks.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
-# On the hub: repository, revision, and of each split the file, its size and its sha256 (None: the hub is asked).
-V1, INSTRUCT = "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64", "1282fc1059eaf0aad1f30459a25530f44343f2a2"
+# On the hub: repository, revision, and the file, size and sha256 of each split (None: it is asked).
+V1 = "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"
 SOURCES = {
     "tinystories": ("roneneldan/TinyStories", V1, {
         "val": ("TinyStories-valid.txt", 19_447_282,
@@ -49,18 +52,18 @@ SOURCES = {
                 "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d"),
         "train": ("TinyStoriesV2-GPT4-train.txt", 2_227_753_162,
                   "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443")}),
-    "instruct": ("roneneldan/TinyStoriesInstruct", INSTRUCT, {
+    "instruct": ("roneneldan/TinyStoriesInstruct", "1282fc1059eaf0aad1f30459a25530f44343f2a2", {
         "val": ("TinyStories-Instruct-valid.txt", None,
                 "68559e01675940bd415fe0b629406897d6f6bfd40067ff411a9b1daf78260c05"),
         "train": ("TinyStories-Instruct-train.txt", None, None)}),
 }
-SAMPLES = {"sample": False, "sample-instruct": True}        # told by the grammar; True: with instructions
+SAMPLES = {"sample": False, "sample-instruct": True}    # by the grammar; True: with fields
 SAMPLE_STORIES = {"val": 1_000, "train": 30_000}
 
 
-# ------------------------------------------------------------------------------------------- the grammar's stories
+# ---------------------------------------------------------------------------- the grammar's stories
 
-SUFFIXES = {"s": "s", "ed": "ed", "ing": "ing"}
+SUFFIXES = ("s", "ed", "ing")       # appended where an entry names no form of its own
 FIELDS = ("Features", "Words", "Summary", "Random sentence")
 FIELD_ORDERS = [order for n in range(1, 5) for order in itertools.permutations(FIELDS, n)]
 
@@ -70,7 +73,9 @@ def read_forms(text):
 
 
 def read_grammar(path):
-    """Read a grammar file (its head explains the format) -> rules {name: (is a variable, forms, ways)}, plots."""
+    """Read a grammar file (its head explains the format) -> rules, plots.
+
+    rules: {name: (is a variable, forms, ways)}; plots: dicts of name, words, summary, scenes."""
     rules, plots, scene = {}, [], None
     text = re.sub(r"(?m)^#.*\n", "", Path(path).read_text(encoding="utf-8"))
     for line in re.sub(r"\n[ \t]+(?=\S)", " ", text).split("\n"):
@@ -90,19 +95,20 @@ def read_grammar(path):
                 plots[-1]["scenes"].append(scene := [])
             scene.append(line)
         else:
-            raise SystemExit(f"{path}: this line is neither a rule nor part of a plot: {line[:60]!r}")
+            raise SystemExit(f"{path}: neither a rule nor part of a plot: {line[:60]!r}")
     return rules, plots
 
 
 class Story:
-    """One walk through the grammar. Each choice among n ways adds log n to `nats`: minus the log-probability of the
-    walk, and so an upper bound on that of its text (another walk may lead to the same words)."""
+    """One walk through the grammar. Each choice among n ways adds log n to `nats`: minus the
+    log-probability of the walk, and so an upper bound on that of its text (another walk may lead
+    to the same words)."""
 
     def __init__(self, rules, plots, rng):
         self.rules, self.rng, self.nats, self.held = rules, rng, 0.0, {}
         self.plot = self.choose(plots)
         told = "\n\n".join(self.tell(self.choose(scene)) for scene in self.plot["scenes"])
-        self.features = set(re.findall(r"\[(\w+)\]", told)) | ({"Dialogue"} if '"' in told else set())
+        self.features = {*re.findall(r"\[(\w+)\]", told), *(["Dialogue"] if '"' in told else [])}
         self.text = re.sub(r" ?\[\w+\]", "", told)
 
     def choose(self, ways):
@@ -118,68 +124,86 @@ class Story:
         if "|" in inside:                               # {red|blue}: one of these
             return self.choose(inside.split("|"))
         name, _, form = inside.partition(".")           # {toy}, {Toy}, {hero.he}, {hero.He}
-        capital = (form or name)[0].isupper()
-        name, form = name[0].lower() + name[1:], form.lower()
+        capital = (form or name)[:1].isupper()
+        name, form = name[:1].lower() + name[1:], form.lower()
         text, forms = self.held.get(name) or self.draw(name)
         if self.rules[name][0] and name not in self.held:   # a variable: no two hold the same text
+            redraws = 0
             while text in [held for held, _ in self.held.values()]:
+                redraws += 1
+                if redraws > 1000:
+                    self.refuse(f"other variables hold every entry of the rule {name!r}")
                 text, forms = self.draw(name)
             self.held[name] = text, forms
-        if form:
-            text = forms[form] if form in forms else text + SUFFIXES[form]
+        if form in SUFFIXES:
+            forms = {form: text + form, **forms}
+        if form and form not in forms:
+            self.refuse(f"{{{inside}}}: the rule {name!r} has no form {form!r} for {text!r}")
+        text = forms[form] if form else text
         return text[0].upper() + text[1:] if capital else text
 
     def draw(self, name):
         """Draw an entry of a rule -> its text and its forms."""
+        if name not in self.rules:
+            self.refuse(f"there is no rule {name!r}")
         _, forms, ways = self.rules[name]
         way, own = re.fullmatch(r"(.*?)(?: \((.*=.*)\))?", self.choose(ways)).groups()
-        inner = re.fullmatch(r"\{(\w+)\}", way)         # a list of lists: the inner one brings its forms
+        inner = re.fullmatch(r"\{(\w+)\}", way)     # a list of lists: the inner brings its forms
         text, inner_forms = self.draw(inner[1]) if inner else (self.tell(way), {})
         return text, {**forms, **inner_forms, **read_forms(own)}
+
+    def refuse(self, why):
+        raise SystemExit(f"The grammar cannot tell its plot {self.plot['name']!r}: {why}.")
 
     def record(self):
         """The story as TinyStories-Instruct has it: some fields in some order, then the story."""
         sentences = re.split(r'(?<=[.!?])\s+|(?<=[.!?]")\s+', self.text)[1:]
-        whole = [sentence for sentence in sentences if sentence.count('"') % 2 == 0]   # none cut in speech
-        values = {"Features": ", ".join(sorted(self.features)), "Words": self.tell(self.plot["words"]),
-                  "Summary": self.tell(self.plot["summary"]), "Random sentence": self.choose(whole)}
-        order = self.choose(FIELD_ORDERS)
-        return "\n".join(f"{field}: {values[field]}" for field in order if values[field]) + f"\nStory: \n\n{self.text}"
+        whole = [text for text in sentences if text.count('"') % 2 == 0]    # none cut in speech
+        values = {"Features": ", ".join(sorted(self.features)),
+                  "Words": self.tell(self.plot["words"]),
+                  "Summary": self.tell(self.plot["summary"]),
+                  "Random sentence": self.choose(whole)}
+        order = [field for field in self.choose(FIELD_ORDERS) if values[field]]
+        fields = "\n".join(f"{field}: {values[field]}" for field in order)
+        return f"{fields}\nStory: \n\n{self.text}"
 
 
 def tell_sample(folder, instruct, seed=0, grammar=HERE / "data" / "grammar.txt"):
-    """Write train.txt and valid.txt -> their paths, and the nats that the grammar spent on validation."""
+    """Write train.txt and val.txt -> their paths, and the nats that the grammar spent on val."""
     rules, plots = read_grammar(grammar)
-    paths, nats, number = {}, 0.0, 0
+    paths, nats, numbers = {}, 0.0, itertools.count()
     for split, stories in SAMPLE_STORIES.items():
         paths[split] = folder / f"{split}.txt"
         with open(paths[split], "w", encoding="utf-8", newline="\n") as file:
-            for number in range(number, number + stories):
-                story = Story(rules, plots, random.Random(f"{seed}-{number}"))     # a function of seed and number
+            for number in itertools.islice(numbers, stories):
+                story = Story(rules, plots, random.Random(f"{seed}-{number}"))  # goes by its number
                 file.write((story.record() if instruct else story.text) + f"\n{MARK}\n")
                 nats += story.nats if split == "val" else 0.0
-            number += 1
     return paths, nats
 
 
-# ------------------------------------------------------------------------------------------------------- download
+# ----------------------------------------------------------------------------------------- download
 
 class Progress:
-    """A line that says how far a long job is: redrawn on a terminal, ten lines at most in a pipe."""
+    """A line that says how far a job is: redrawn on a terminal, ten lines at most in a pipe."""
 
     def __init__(self, label, total, done=0):
-        self.label, self.total, self.begin, self.start, self.shown = label, max(total, 1), done, time.time(), 0.0
+        self.label, self.total, self.begin = label, max(total, 1), done
+        self.start, self.shown, self.ended = time.time(), 0.0, False
         self.live = sys.stderr.isatty()
 
     def show(self, done):
-        share, now = done / self.total, time.time()
-        if not (now - self.shown > 0.2 if self.live else share >= self.shown + 0.1) and share < 1:
+        done, now = min(done, self.total), time.time()
+        share = done / self.total
+        due = now - self.shown > 0.2 if self.live else share >= self.shown + 0.1
+        if self.ended or not due and share < 1:
             return
-        self.shown = now if self.live else share
+        self.shown, self.ended = now if self.live else share, share == 1
         rate = (done - self.begin) / max(now - self.start, 1e-3)
-        line = f"{self.label}: {share:4.0%} of {self.total / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s, " \
-               f"{max(self.total - done, 0) / max(rate, 1):.0f} s left"
-        print(f"\r{line:79}" if self.live else line, end="" if self.live and share < 1 else "\n", file=sys.stderr)
+        line = (f"{self.label}: {share:4.0%} of {self.total / 1e6:,.0f} MB, "
+                f"{rate / 1e6:.1f} MB/s, {(self.total - done) / max(rate, 1):.0f} s left")
+        print(f"\r{line:79}" if self.live else line, end="" if self.live and share < 1 else "\n",
+              file=sys.stderr)
 
 
 def hub_url(repo, revision, file, kind="datasets/"):
@@ -188,92 +212,99 @@ def hub_url(repo, revision, file, kind="datasets/"):
 
 
 def download(url, path, size=None, sha256=None, pauses=(1, 2, 4, 8, 16), timeout=(10, 60)):
-    """Fetch `url` into `path`, whole and checked, or exit with one sentence. What has come is kept in a .part file, and
-    the next call goes on from there. Size and hash that are not known are asked of the hub."""
+    """Fetch `url` into `path`, whole and checked, or exit with one sentence. What has come is kept
+    in a .part file, and the next call goes on from there. Size and hash that are not known are
+    asked of the hub."""
     import requests
     if path.exists():
         return
-    part, pauses, bad_hashes, why = path.with_name(path.name + ".part"), list(pauses), [], ""
-    headers = {"Accept-Encoding": "identity"}
-    if os.environ.get("HF_TOKEN"):
-        headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN'].strip()}"   # dropped by requests on other hosts
-    while True:
+    part, headers, wrong = path.with_name(path.name + ".part"), {"Accept-Encoding": "identity"}, 0
+    if token := os.environ.get("HF_TOKEN", "").strip():
+        headers["Authorization"] = f"Bearer {token}"        # dropped by requests on other hosts
+    for pause in (*pauses, None):
+        why, wait = "", 0
         try:
-            if not (size and sha256):
-                head = requests.head(url, headers=headers, timeout=timeout)     # not redirected: the hub's own headers
-                size = size or int(head.headers.get("X-Linked-Size", 0)) or None
-                sha256 = sha256 or head.headers.get("X-Linked-Etag", "").strip('W/"') or None
+            if not (size and sha256):       # a HEAD is not redirected: the hub's own headers
+                head = requests.head(url, headers=headers, timeout=timeout).headers
+                size = size or int(head.get("X-Linked-Size", 0))
+                sha256 = sha256 or head.get("X-Linked-Etag", "").strip('W/"')
             have = part.stat().st_size if part.exists() else 0
-            if size and have > size:
-                have = part.unlink() or 0
-            if not size or have < size:
-                need, free = (size or 0) - have, shutil.disk_usage(path.parent).free
-                if free < need * 1.6:               # the token file takes half of the text again
-                    raise SystemExit(f"{path.parent} has {free / 1e9:.1f} GB free; {path.name} and its tokens need "
-                                     f"{need * 1.6 / 1e9:.1f} GB. Make room and run the same command again.")
-                wanted = {**headers, "Range": f"bytes={have}-"} if have else headers
-                with requests.get(url, headers=wanted, timeout=timeout, stream=True) as reply:
-                    if reply.status_code in (400, 401, 403, 404, 410):
-                        raise SystemExit(f"{url} answers {reply.status_code} {reply.reason}. Check HF_ENDPOINT and "
-                                         "HF_TOKEN, or fetch the file yourself and use: prepare.py mine --input FILE")
-                    if reply.status_code == 416:
-                        part.unlink()
-                    reply.raise_for_status()
-                    if "text/html" in reply.headers.get("Content-Type", ""):
-                        raise SystemExit(f"{url} answers with a web page, not a file: is there a login page between "
-                                         "you and the network?")
-                    have = have if reply.status_code == 206 else 0              # 200: it sends the whole file
-                    bar = Progress(path.name, size or int(reply.headers.get("Content-Length", 0)) + have, have)
-                    with open(part, "ab" if have else "wb") as file:
-                        for chunk in reply.iter_content(1 << 18):
-                            file.write(chunk)
-                            bar.show(have := have + len(chunk))
-            why = f"only {have:,} of {size:,} bytes came" if size and have < size else ""
+            if have < size or not size:
+                have = fetch(url, part, have, size, headers, timeout)
+            if have < size:
+                why = f"only {have:,} of {size:,} bytes came"
+            elif sha256 and (found := file_sha256(part)) != sha256:
+                why, wrong = f"it does not hold what it should: sha256 {found}", wrong + 1
+                part.unlink()
         except requests.RequestException as error:
-            wait = getattr(error.response, "headers", {}).get("Retry-After", "")
-            if wait.isdigit() and pauses:
-                pauses[0] = max(pauses[0], min(int(wait), 300))
-            why = str(error)
+            asked = getattr(error.response, "headers", {}).get("Retry-After", "")
+            why, wait = str(error), min(int(asked), 300) if asked.isdigit() else 0
         if not why:
-            found = file_sha256(part)
-            if not sha256 or found == sha256:
-                return os.replace(part, path)
+            return os.replace(part, path)
+        if pause is None or wrong == 2:
+            raise SystemExit(f"Cannot download {url}: {why}. Run the same command again to go on. "
+                             "Without a network: python train.py config/demo.py, or prepare.py "
+                             "mine --input FILE")
+        print(f"{path.name}: {why[:150]}; again in {max(pause, wait)} s", file=sys.stderr)
+        time.sleep(max(pause, wait))
+
+
+def fetch(url, part, have, size, headers, timeout):
+    """One request for what a .part file of `have` bytes still lacks -> the bytes it has then."""
+    import requests
+    need, free = 1.6 * (size - have), shutil.disk_usage(part.parent).free
+    if free < need:                         # the token file takes half of the text again
+        raise SystemExit(f"{part.parent} has {free / 1e9:.1f} GB free; {part.stem} and its tokens "
+                         f"need {need / 1e9:.1f} GB. Make room and run the same command again.")
+    headers = {**headers, "Range": f"bytes={have}-"} if have else headers
+    with requests.get(url, headers=headers, timeout=timeout, stream=True) as reply:
+        page = reply.ok and "text/html" in reply.headers.get("Content-Type", "")
+        if page or reply.status_code in (400, 401, 403, 404, 410):
+            raise SystemExit(f"{url} answers {reply.status_code} {reply.reason}"
+                             f"{', a web page (of a login?)' if page else ''}. Check HF_ENDPOINT "
+                             "and HF_TOKEN, or fetch it yourself: prepare.py mine --input FILE")
+        if reply.status_code == 416:        # nothing lies beyond what we have, so that is no good
             part.unlink()
-            bad_hashes.append(found)
-            if len(bad_hashes) == 2:
-                raise SystemExit(f"{url} does not hold what it should: sha256 {found}, not {sha256}. Nothing is kept.")
-        elif not pauses:
-            raise SystemExit(f"Cannot download {url}: {why}. What came is kept: run the same command again to go on. "
-                             "Without a network: python train.py config/demo.py, or prepare.py mine --input FILE")
-        else:
-            print(f"{path.name}: {why[:150]}; again in {pauses[0]} s", file=sys.stderr)
-            time.sleep(pauses.pop(0))
+        reply.raise_for_status()
+        have = have if reply.status_code == 206 else 0          # 200: it sends the whole file
+        total = size or int(reply.headers.get("Content-Length", 0)) + have
+        bar = Progress(part.stem, total, have)
+        with open(part, "ab" if have else "wb") as file:
+            for chunk in reply.iter_content(1 << 18):
+                file.write(chunk)
+                bar.show(have := have + len(chunk))
+    return have
 
 
 def file_sha256(path):
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else \
-            hashlib.sha256(file.read()).hexdigest()
+        while read := file.read(PIECE):
+            digest.update(read)
+    return digest.hexdigest()
 
 
-# -------------------------------------------------------------------------------------------------- text to stories
+# ---------------------------------------------------------------------------------- text to stories
 
 # UTF-8 that somebody read as Windows-1252 and wrote as UTF-8 again.
-REPAIRS = {"â€œ": "“", "â€\x9d": "”", "â€™": "’", "â€˜": "‘", "â€“": "–", "â€”": "—", "â€¦": "…", "â€": "”"}
+REPAIRS = {"â€œ": "“", "â€\x9d": "”", "â€™": "’", "â€˜": "‘",
+           "â€“": "–", "â€”": "—", "â€¦": "…", "â€": "”"}
 
 
-def read_stories(path, counts, piece=None):
-    """Yield lists of clean stories (str, none empty) from one read each. A file is cut at the end marks before it is
-    decoded, so that neither a mark nor a character can be torn by the edge of a read."""
-    rest, mark, bar = b"", MARK.encode(), Progress(Path(path).name, os.path.getsize(path))
+def read_stories(path, counts, piece=None, label="reading", limit=math.inf):
+    """Yield lists of clean stories (str, none empty) from one read each, until `limit` bytes are
+    read. A file is cut at the end marks before it is decoded, so that neither a mark nor a
+    character can be torn by the edge of a read."""
+    rest, mark, bar = b"", MARK.encode(), Progress(label, min(os.path.getsize(path), limit))
     with open(path, "rb") as file:
-        while True:
+        while file.tell() < limit:
             read = file.read(piece or PIECE)
             *stories, rest = (rest + read).split(mark)
             if len(rest) > LONGEST:
-                raise SystemExit(f"{path}: a story of over {LONGEST >> 20} MB. Put a line {MARK} between stories.")
+                raise SystemExit(f"{path}: a story of over {LONGEST >> 20} MB. Put a line {MARK} "
+                                 "between stories.")
             texts = [clean(story, counts) for story in (stories if read else [rest])]
-            if read:                                # what stands after the last mark need not be a story
+            if read:                        # what stands after the last mark need not be a story
                 counts["dropped: empty"] += texts.count("")
             yield [text for text in texts if text]
             if not read:
@@ -295,30 +326,32 @@ def clean(story, counts):
     return text.replace("\r\n", "\n").strip("\ufeff \t\r\n")
 
 
-# ------------------------------------------------------------------------------------------------------ tokenizers
+# --------------------------------------------------------------------------------------- tokenizers
 
 def train_bpe(words, vocab_size):
     """Learn byte-pair merges (arXiv 1508.07909, on bytes as GPT-2 does).
 
-    words: counts of pre-tokens, {str or bytes: int}. Returns the merges in order, as pairs of bytes, as many as fill
-    vocab_size together with the 256 bytes and the end mark, or fewer if the text has no more. Of pairs equally
-    frequent, the lexicographically greater one goes first, as in Stanford's CS336."""
+    words: counts of pre-tokens, {str or bytes: int}. Returns the merges in order, as pairs of
+    bytes, as many as fill vocab_size together with the 256 bytes and the end mark, or fewer if the
+    text has no more. Of pairs equally frequent, the lexicographically greater one goes first, as
+    in Stanford's CS336."""
     spelled = [word if isinstance(word, bytes) else word.encode("utf-8") for word in words]
-    words = [([word[i:i + 1] for i in range(len(word))], n) for word, n in zip(spelled, words.values())]
-    counts, where = Counter(), defaultdict(set)         # how often a pair occurs, and in which words
+    words = [([word[i:i + 1] for i in range(len(word))], n)
+             for word, n in zip(spelled, words.values())]
+    counts, where = Counter(), defaultdict(set)     # how often a pair occurs, and in which words
     for index, (parts, n) in enumerate(words):
         for pair in zip(parts, parts[1:]):
             counts[pair] += n
             where[pair].add(index)
 
-    def entry(pair):                                    # the smallest entry of the heap: most frequent, then greatest
+    def entry(pair):            # the smallest entry of the heap: most frequent, then greatest
         return -counts[pair], [(*(-byte for byte in half), 1) for half in pair], pair
 
     heap, merges = [entry(pair) for pair in counts], []
     heapq.heapify(heap)
     while heap and len(merges) < vocab_size - 257:
         n, _, best = heapq.heappop(heap)
-        if -n != counts[best] or n == 0:                # an old entry: the pair has been counted anew since
+        if -n != counts[best] or n == 0:    # an old entry: the pair has been counted anew since
             continue
         merges.append(best)
         changed = set()
@@ -351,18 +384,22 @@ def halves(token, ranks):
     """The two tokens from which BPE makes this one: run the merges of lower rank over its bytes."""
     parts = [token[i:i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        parts = merge(parts, min(zip(parts, parts[1:]), key=lambda pair: ranks.get(pair[0] + pair[1], math.inf)))
+        pairs = zip(parts, parts[1:])
+        parts = merge(parts, min(pairs, key=lambda pair: ranks.get(pair[0] + pair[1], math.inf)))
     return parts
 
 
 def prune_bpe(ranks, counts, vocab_size):
-    """Keep the commonest tokens of a BPE -> ranks of at most vocab_size - 1 tokens (the end mark takes the last id).
+    """Keep the commonest tokens of a BPE -> ranks of at most vocab_size - 1 tokens (the end mark
+    takes the last id).
 
-    counts[rank] says how often a token occurs. A token is kept together with the two that it is made from, and
-    theirs: what is closed under merges is again a BPE, which still spells every text."""
+    counts[rank] says how often a token occurs. A token is kept together with the two that it is
+    made from, and theirs: what is closed under merges is again a BPE, which still spells every
+    text."""
     token_of = {rank: token for token, rank in ranks.items()}
     kept = {bytes([byte]) for byte in range(256)}
-    for rank in sorted(np.flatnonzero(counts).tolist(), key=lambda rank: (-counts[rank], rank)):
+    used = [rank for rank in token_of if counts[rank]]
+    for rank in sorted(used, key=lambda rank: (-counts[rank], rank)):
         needed, todo = set(), [token_of[rank]]
         while todo:
             if (token := todo.pop()) not in kept | needed:
@@ -375,13 +412,16 @@ def prune_bpe(ranks, counts, vocab_size):
 
 def as_encoding(ranks):
     import tiktoken
-    return tiktoken.Encoding("stories", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={MARK: len(ranks)})
+    return tiktoken.Encoding("stories", pat_str=PATTERN, mergeable_ranks=ranks,
+                             special_tokens={MARK: len(ranks)})
 
 
 def load_tokenizer(folder):
-    """Read the tokenizer.tiktoken of a data set or a run -> tiktoken.Encoding, whose eot_token ends a story."""
+    """Read the tokenizer.tiktoken of a data set or a run -> tiktoken.Encoding, whose eot_token ends
+    a story."""
     lines = (Path(folder) / "tokenizer.tiktoken").read_bytes().splitlines()
-    return as_encoding({base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)})
+    pairs = map(bytes.split, lines)
+    return as_encoding({base64.b64decode(token): int(rank) for token, rank in pairs})
 
 
 def gpt2_ranks():
@@ -389,76 +429,77 @@ def gpt2_ranks():
     try:
         return tiktoken.get_encoding("gpt2")._mergeable_ranks
     except Exception as error:          # tiktoken passes on whatever its download met
-        raise SystemExit(f"tiktoken cannot fetch GPT-2's vocabulary ({type(error).__name__}). Run it once where there is "
-                         "a network, and set TIKTOKEN_CACHE_DIR to a folder that holds its files; or use our own: "
-                         "--tokenizer bpe")
+        raise SystemExit(f"tiktoken cannot fetch GPT-2's vocabulary ({type(error).__name__}). Run "
+                         "it once where there is a network, and set TIKTOKEN_CACHE_DIR to a folder "
+                         "that holds its files; or use our own: --tokenizer bpe")
 
 
 def make_tokenizer(kind, vocab_size, path):
     """Make a tokenizer from the beginning of a text file -> ranks."""
-    if kind == "gpt2" and vocab_size >= 50_257:
-        return gpt2_ranks()
-    ranks, counts, read = gpt2_ranks() if kind == "gpt2" else None, Counter(), 0
-    full = as_encoding(ranks) if ranks else None
-    for stories in read_stories(path, Counter()):
-        if full:
-            for ids in full.encode_ordinary_batch(stories, num_threads=os.cpu_count()):
-                counts.update(ids)
-        else:
-            import regex                # comes with tiktoken; Python's own re does not know \p{L}
+    counts = Counter()
+    read = read_stories(path, Counter(), label="reading for the tokenizer", limit=COUNTED)
+    if kind == "bpe":
+        import regex                    # comes with tiktoken; Python's own re does not know \p{L}
+        for stories in read:
             for story in stories:
                 counts.update(regex.findall(PATTERN, story))
-        read += sum(map(len, stories))
-        if read > COUNTED:
-            break
-    if full:
-        return prune_bpe(ranks, np.array([counts[rank] for rank in range(len(ranks))]), vocab_size)
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    for left, right in train_bpe(counts, vocab_size):
-        ranks.setdefault(left + right, len(ranks))
-    return ranks
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        for left, right in train_bpe(counts, vocab_size):
+            ranks.setdefault(left + right, len(ranks))
+        return ranks
+    ranks = gpt2_ranks()
+    if vocab_size > len(ranks):         # all of it, and the end mark
+        return ranks
+    full = as_encoding(ranks)
+    for stories in read:
+        for ids in full.encode_ordinary_batch(stories, num_threads=os.cpu_count()):
+            counts.update(ids)
+    return prune_bpe(ranks, counts, vocab_size)
 
 
-# ------------------------------------------------------------------------------------------------------------ main
+# --------------------------------------------------------------------------------------------- main
 
 def encode(paths, encoding, folder, keep_duplicates=False, threads=None, piece=None):
-    """Write folder/{train,val}.bin.part from {"val": path, "train": path} -> statistics of each split, and counts of
-    what was dropped or repaired. Without a path for val, one story in a hundred goes there, chosen by its hash."""
+    """Write folder/{train,val}.bin.part from {"val": path, "train": path} -> statistics of each
+    split, and counts of what was dropped or repaired. Without a path for val, one story in a
+    hundred goes there, chosen by its hash."""
     stats = {split: {"stories": 0, "tokens": 0, "bytes": 0} for split in ("train", "val")}
-    counts, seen, dtype = Counter(), {"train": set(), "val": set()}, np.uint16
-    if encoding.n_vocab > 65_536:
-        raise SystemExit(f"A vocabulary of {encoding.n_vocab:,} does not fit into uint16: 65,536 entries at most.")
+    counts, seen = Counter(), {}                        # seen: hash of a story -> its split
     with open(folder / "train.bin.part", "wb") as train, open(folder / "val.bin.part", "wb") as val:
-        for split in sorted(paths, reverse=True):                           # val first: train must not repeat it
-            for stories in read_stories(paths[split], counts, piece):
+        for split in sorted(paths, reverse=True):       # val first: train must not repeat it
+            for stories in read_stories(paths[split], counts, piece, f"encoding {split}"):
                 chosen = {"train": [], "val": []}
                 for story in stories:
-                    key = int.from_bytes(hashlib.blake2b(story.encode(), digest_size=8).digest(), "big")
-                    target = "val" if split == "val" or "val" not in paths and key % 100 == 0 else "train"
-                    why = "also in validation" if target == "train" and key in seen["val"] else \
-                        "repeated" if split == "train" and key in seen[target] else None
-                    if why and not keep_duplicates:
+                    key = int(hashlib.blake2b(story.encode(), digest_size=8).hexdigest(), 16)
+                    target = "val" if "val" not in paths and key % 100 == 0 else split
+                    if split == "train" and key in seen and not keep_duplicates:
+                        why = "repeated" if seen[key] == target else "also in validation"
                         counts[f"dropped: {why}"] += 1
                         continue
-                    seen[target].add(key)
+                    seen[key] = target
                     chosen[target].append(story)
                 for target, file in (("train", train), ("val", val)):
-                    rows = encoding.encode_ordinary_batch(chosen[target], num_threads=threads or os.cpu_count())
-                    ids = np.fromiter(itertools.chain.from_iterable(row + [encoding.eot_token] for row in rows), np.int64)
-                    if ids.size and not 0 <= ids.min() <= ids.max() < encoding.n_vocab:
-                        raise SystemExit(f"The tokenizer gave an id of {ids.max()}, beyond its {encoding.n_vocab} entries.")
-                    ids.astype(dtype).tofile(file)
-                    for name, more in (("stories", len(rows)), ("tokens", ids.size),
-                                       ("bytes", sum(len(story.encode()) for story in chosen[target]))):
-                        stats[target][name] += int(more)
-    if not stats["train"]["tokens"] or not stats["val"]["tokens"]:
-        empty = "train" if not stats["train"]["tokens"] else "validation"
-        raise SystemExit(f"{' and '.join(map(str, paths.values()))}: nothing left for {empty}. Put a line {MARK} between "
-                         "stories (a few hundred of them at least), or name a validation file with --valid.")
+                    rows = encoding.encode_ordinary_batch(chosen[target],
+                                                          num_threads=threads or os.cpu_count())
+                    ids = itertools.chain.from_iterable(row + [encoding.eot_token] for row in rows)
+                    ids = np.fromiter(ids, np.int64)
+                    if ids.max(initial=0) >= min(encoding.n_vocab, 65_536):
+                        raise SystemExit(f"The id {ids.max()} does not fit the vocabulary of "
+                                         f"{encoding.n_vocab:,} and uint16 (65,536 at most).")
+                    file.write(ids.astype(np.uint16).tobytes())
+                    stats[target]["stories"] += len(rows)
+                    stats[target]["tokens"] += len(ids)
+                    stats[target]["bytes"] += sum(len(story.encode()) for story in chosen[target])
+    for split, found in stats.items():
+        if not found["tokens"]:
+            raise SystemExit(f"{' and '.join(map(str, paths.values()))}: nothing left for {split}. "
+                             f"Put a line {MARK} between stories (a few hundred of them at least), "
+                             "or name a validation file with --valid.")
     return stats, {what: n for what, n in counts.items() if n}
 
 
-def prepare(name, input=None, valid=None, tokenizer=None, vocab_size=None, keep_duplicates=False, force=False):
+def prepare(name, input=None, valid=None, tokenizer=None, vocab_size=None, keep_duplicates=False,
+            force=False):
     """Prepare data/<name> -> its folder. What is there with the same settings is left as it is."""
     folder = HERE / "data" / name
     kind = tokenizer or ("bpe" if name in SAMPLES else "gpt2")
@@ -467,13 +508,15 @@ def prepare(name, input=None, valid=None, tokenizer=None, vocab_size=None, keep_
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         differ = [key for key in asked if meta[key] != asked[key]]
-        whole = all((folder / f"{split}.bin").stat().st_size == 2 * meta[split]["tokens"] for split in ("train", "val"))
+        whole = all((folder / f"{split}.bin").stat().st_size == 2 * meta[split]["tokens"]
+                    for split in ("train", "val"))
     except (OSError, ValueError, KeyError):
         differ, whole = [], False
     if whole and not force:
         if differ:
-            raise SystemExit(f"{folder} is already prepared, with {differ[0]} {meta[differ[0]]}, not {asked[differ[0]]}. "
-                             "Add --force to do it again, or give it another name.")
+            key = differ[0]
+            raise SystemExit(f"{folder} is prepared already, with {key} {meta[key]}, not "
+                             f"{asked[key]}. Add --force to do it again, or give it another name.")
         print(f"{folder} is ready: {meta['train']['tokens']:,} tokens (--force does it again)")
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -492,13 +535,14 @@ def prepare(name, input=None, valid=None, tokenizer=None, vocab_size=None, keep_
     else:
         paths = {split: Path(path) for split, path in (("val", valid), ("train", input)) if path}
         meta["source"] = "own text"
-    meta["files"] = {split: {"name": path.name, "sha256": file_sha256(path)} for split, path in paths.items()}
+    meta["files"] = {split: {"name": path.name, "sha256": file_sha256(path)}
+                     for split, path in paths.items()}
 
     ranks = make_tokenizer(kind, vocab_size, paths["train"])
     encoding = as_encoding(ranks)
     stats, counts = encode(paths, encoding, folder, keep_duplicates)
-    meta |= {**asked, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token, "dtype": "uint16", **stats,
-             "counts": counts}
+    meta |= {**asked, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token, "dtype": "uint16",
+             **stats, "counts": counts}
     if nats:
         meta["entropy_bound"] = {"nats_per_token": nats / stats["val"]["tokens"],
                                  "bits_per_byte": nats / math.log(2) / stats["val"]["bytes"]}
@@ -509,41 +553,53 @@ def prepare(name, input=None, valid=None, tokenizer=None, vocab_size=None, keep_
     (folder / "meta.json.part").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     os.replace(folder / "meta.json.part", folder / "meta.json")
 
-    for split in ("train", "val"):
-        print("{0:5}  {stories:,} stories, {tokens:,} tokens, {bytes:,} bytes".format(split, **stats[split]))
-    print(f"vocabulary of {encoding.n_vocab:,} ({kind}), {stats['train']['bytes'] / stats['train']['tokens']:.2f} bytes a token")
+    for split, found in stats.items():
+        print(f"{split:5}  " + ", ".join(f"{n:,} {what}" for what, n in found.items()))
+    bytes_a_token = stats["train"]["bytes"] / stats["train"]["tokens"]
+    print(f"vocabulary of {encoding.n_vocab:,} ({kind}), {bytes_a_token:.2f} bytes a token")
     for what, n in sorted(counts.items()):
         print(f"{what}: {n:,} stories")
     if nats:
-        print("no model can do much better than the grammar itself: {nats_per_token:.4f} nats per token, "
-              "{bits_per_byte:.4f} bits per byte".format(**meta["entropy_bound"]))
+        print("no model can do much better than the grammar itself: {nats_per_token:.4f} nats per "
+              "token, {bits_per_byte:.4f} bits per byte".format(**meta["entropy_bound"]))
     return folder
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help=", ".join([*SAMPLES, *SOURCES]) + ", or a name of your own with --input")
-    parser.add_argument("--input", help=f"a text file of your own, stories separated by lines {MARK}")
-    parser.add_argument("--valid", help="its validation file (default: one story in a hundred)")
-    parser.add_argument("--tokenizer", choices=("gpt2", "bpe"), help="GPT-2's, or one learned from the text")
-    parser.add_argument("--vocab_size", type=int, help="entries at most (default 10000; the samples: 2048)")
-    parser.add_argument("--keep_duplicates", action="store_true", help="keep repeated stories, as the raw files have them")
-    parser.add_argument("--force", action="store_true", help="do it again even if it is there")
+    known = [*SAMPLES, *SOURCES]
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("name", help=f"{', '.join(known)}, or a name of your own with --input")
+    add("--input", help=f"a text file of your own, stories separated by lines {MARK}")
+    add("--valid", help="its validation file (default: one story in a hundred)")
+    add("--tokenizer", choices=("gpt2", "bpe"), help="GPT-2's, or one learned from the text")
+    add("--vocab_size", type=int, help="entries at most (default 10000; the samples: 2048)")
+    add("--keep_duplicates", action="store_true", help="keep stories that the raw files repeat")
+    add("--force", action="store_true", help="do it again even if it is there")
     args = parser.parse_args(argv)
-    known = args.name in SAMPLES or args.name in SOURCES
-    if known and (args.input or args.valid):
+    if args.name in known and (args.input or args.valid):
         parser.error(f"{args.name} has its own text; choose another name for yours")
-    if not known and not args.input:
-        parser.error(f"{args.name!r} is none of {', '.join([*SAMPLES, *SOURCES])}; for a text of your own add --input FILE")
+    if args.name not in known and not args.input:
+        parser.error(f"{args.name!r} is none of {', '.join(known)}; for a text of your own add "
+                     "--input FILE")
     for path in (args.input, args.valid):
         if path and not os.path.isfile(path):
-            parser.error(f"there is no file {path}")
+            parser.error(f"{path} is no file (it is missing, or a folder)")
     if args.vocab_size is not None and not 257 <= args.vocab_size <= 65_536:
-        parser.error("--vocab_size must lie between 257 (the bytes and the end mark) and 65,536 (what uint16 holds)")
+        parser.error("--vocab_size must lie between 257 (the bytes and the end mark) and 65,536 "
+                     "(what uint16 holds)")
     try:
         prepare(**vars(args))
     except KeyboardInterrupt:
-        raise SystemExit("\nStopped. The same command goes on (a download where it was, the rest from its start).")
+        raise SystemExit("\nStopped. The same command goes on (a download where it was, the rest "
+                         "from its start).")
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise SystemExit(f"Cannot read or write a file: {error}.")
+        free = shutil.disk_usage(HERE / "data" / args.name).free
+        raise SystemExit(f"The disk is full: {free / 1e6:,.0f} MB are free. Make room and run the "
+                         "same command again.")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """How does a trained model tell a story?
 
-    python sample.py out/tiny_8l                                            # one story, as it is written
+    python sample.py out/tiny_8l                                    # one story, as it is written
     python sample.py out/tiny_8l --prompt "Once upon a time" -n 3 --temperature 0.8
-    python sample.py out/tiny_8l --prompt -                                 # you begin, it goes on
-    python sample.py out/tiny_1l out/tiny_8l --prompt "Tom was sad"         # side by side, as Markdown
+    python sample.py out/tiny_8l --prompt -                         # you begin, it goes on
+    python sample.py out/tiny_1l out/tiny_8l --prompt "Tom was sad"     # a table in Markdown
 """
 
 import argparse
@@ -18,13 +18,13 @@ from model import GPT, GPTConfig
 
 
 def load_run(path, device="auto"):
-    """A run's folder, or one of its checkpoint files -> its GPT, ready to sample, and its tokenizer."""
+    """A run's folder, or one of its checkpoint files -> its GPT and its tokenizer."""
     path = Path(path)
     file = path / "ckpt.pt" if path.is_dir() else path
     if not file.is_file():
         runs = ", ".join(run.parent.as_posix() for run in sorted(Path("out").glob("*/ckpt.pt")))
-        raise SystemExit(f"There is no trained model at {path}. "
-                         + (f"There is: {runs}" if runs else "Make one: python train.py config/demo.py"))
+        raise SystemExit(f"There is no trained model at {path}. " + (
+            f"There is: {runs}" if runs else "Make one: python train.py config/demo.py"))
     if device == "auto":
         mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -42,8 +42,8 @@ def encode_prompt(tokenizer, prompt, block_size):
     """A story begins after the end mark of the one before it; so does a prompt."""
     ids = [tokenizer.eot_token] + tokenizer.encode_ordinary(prompt)
     if len(ids) > block_size:
-        print(f"The prompt has {len(ids)} tokens; the model reads the last ones only (its context is "
-              f"{block_size}).", file=sys.stderr)
+        print(f"The prompt has {len(ids)} tokens; the model, whose context is {block_size}, reads "
+              f"the last {block_size // 2}.", file=sys.stderr)
     return ids
 
 
@@ -69,13 +69,14 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="folders of runs, or checkpoint files")
-    parser.add_argument("--prompt", action="append", help="how the story begins; -: ask me (default: "
-                        "the model begins). May be given more than once")
+    parser.add_argument("--prompt", action="append", help="how the story begins; "
+                        "-: ask me; more than one can be given (default: the model begins)")
     parser.add_argument("-n", "--num_samples", type=int, default=1, help="stories for each prompt")
     parser.add_argument("--max_new_tokens", type=int, default=400)
     parser.add_argument("--temperature", type=float, default=0.8,
-                        help="0: always the likeliest token; 1: as the model has learned; default 0.8")
-    parser.add_argument("--top_k", type=int, default=0, help="draw from the k likeliest tokens; 0: all")
+                        help="0: the likeliest token; 1: as the model has learned; default 0.8")
+    parser.add_argument("--top_k", type=int, default=0,
+                        help="draw from the k likeliest tokens; 0: all")
     parser.add_argument("--top_p", type=float, default=1.0,
                         help="draw from the likeliest tokens that add up to p; 1: all")
     parser.add_argument("--seed", type=int, default=0, help="the same seed tells the same story")
@@ -101,8 +102,8 @@ def main(argv=None):
             columns = [tell(*one, rows, **how) for one in loaded]
             head = ["prompt", *args.runs]
             for cells in [head, ["---"] * len(head), *zip(rows, *columns)]:
-                cells = ("<br>".join(cell.strip().splitlines()).replace("|", "\\|") for cell in cells)
-                print("| " + " | ".join(cells) + " |")
+                lines = ("<br>".join(cell.strip().splitlines()) for cell in cells)
+                print("| " + " | ".join(line.replace("|", "\\|") for line in lines) + " |")
         elif prompts == ["-"]:
             print("Begin a story, and the model goes on. An empty line ends.", file=sys.stderr)
             for line in iter(lambda: input("> ") if sys.stdin.isatty() else

@@ -1,11 +1,11 @@
 """How does a transformer learn to tell stories?
 
     python train.py config/demo.py                              # on a laptop, in minutes
-    python train.py config/tiny_8l.py --learning_rate=1e-3      # any setting below can be changed so
+    python train.py config/tiny_8l.py --learning_rate=1e-3      # each setting below can be changed
     torchrun --standalone --nproc_per_node=4 train.py config/tiny_8l.py         # on several GPUs
 
-It writes out/<name of the config>/: ckpt.pt, the tokenizer, log.csv and loss.png. Ctrl-C at any time: the step is
-finished and saved, and the same command goes on.
+It writes out/<name of the config>/: ckpt.pt, the tokenizer, log.csv and loss.png. Ctrl-C at any
+time: the step is finished and saved, and the same command goes on.
 """
 
 import ast
@@ -112,7 +112,8 @@ def load_config(argv):
                 and value == int(value):
             value = kind(value)
         if not (isinstance(value, kind) and (type(value) is not bool or kind is not int)):
-            wrong(f"{where}: {key} is {value!r}; it must be of type {getattr(kind, '__name__', kind)}")
+            name_of_type = getattr(kind, "__name__", kind)
+            wrong(f"{where}: {key} is {value!r}; it must be of type {name_of_type}")
         if value not in CHOICES.get(key, (value,)):
             wrong(f"{where}: {key} is {value!r}; it must be one of {', '.join(CHOICES[key])}")
         values[key] = value
@@ -143,7 +144,7 @@ def load_config(argv):
                     put(key, value, arg)
             name = path.stem
     settings = Settings(**{"out_dir": f"out/{name}", **values})
-    for key in ("learning_rate", "batch_tokens", "log_interval"):
+    for key in ("learning_rate", "batch_tokens", "block_size", "log_interval"):
         if getattr(settings, key) <= 0:
             wrong(f"{key} is {getattr(settings, key)}; it must be more than 0")
     for key in ("warmup_steps", "max_steps", "eval_interval", "eval_tokens", "save_interval",
@@ -175,13 +176,13 @@ def find_data(dataset):
             raise SystemExit(f"There is no prepared data set {dataset!r}. Make it: "
                              f"python prepare.py {dataset} --input STORIES.txt")
         print(f"Preparing {dataset} first (python prepare.py {dataset}):")
-        prepare.prepare(dataset)
+        prepare.main([dataset])
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     for split in ("train", "val"):
         path, expected = folder / f"{split}.bin", 2 * meta[split]["tokens"]
         if not path.is_file() or path.stat().st_size != expected:
-            raise SystemExit(f"{path} does not hold the {expected:,} bytes that its meta.json names."
-                             f" Make it anew: python prepare.py {dataset} --force")
+            raise SystemExit(f"{path} does not hold the {expected:,} bytes that its meta.json "
+                             f"names. Make it anew: python prepare.py {dataset} --force")
     return folder, meta
 
 
@@ -294,11 +295,12 @@ def lr_share(settings, step):
     """The learning rate of a step (0, 1, ...) as a share of its peak."""
     if step < settings.warmup_steps:
         return (step + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
+        return 1.0
     left = (settings.max_steps - step) / max(settings.max_steps - settings.warmup_steps, 1)
-    share = {"constant": 1.0, "cosine": 0.5 - 0.5 * math.cos(math.pi * left),
-             "linear": min(1.0, left / settings.decay if settings.decay else 1.0)}[settings.schedule]
-    return share if settings.schedule == "constant" else \
-        settings.final_lr + (1 - settings.final_lr) * share
+    share = {"cosine": 0.5 - 0.5 * math.cos(math.pi * left),
+             "linear": min(1.0, left / settings.decay if settings.decay else 1.0)}
+    return settings.final_lr + (1 - settings.final_lr) * share[settings.schedule]
 
 
 # ---------------------------------------------------------------------------------- what is kept
@@ -337,8 +339,8 @@ def write_log(path, rows):
         writer.writerows(rows)
 
 
-def draw_loss(folder, title, bound=None):
-    """log.csv -> loss.png"""
+def draw_loss(folder):
+    """log.csv -> loss.png, with the entropy of the grammar where we know it."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -348,23 +350,28 @@ def draw_loss(folder, title, bound=None):
         points = [(int(row["tokens"]), float(row[column])) for row in rows if row[column]]
         if points:
             axes.plot(*zip(*points), style, label=column.replace("_", " "), markersize=4)
-    if bound:
-        axes.axhline(bound, color="gray", linestyle=":", label="the grammar's own entropy")
-    axes.set(xlabel="tokens", ylabel="nats per token", title=title)
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    if "entropy_bound" in meta:
+        axes.axhline(meta["entropy_bound"]["nats_per_token"], color="gray", linestyle=":",
+                     label="the grammar's own entropy (whole stories)")
+    axes.set(xlabel="tokens", ylabel="nats per token", title=folder.name)
+    if len(rows) > 20:                              # what is of interest lies below the first fall
+        early = [float(row["train_loss"]) for row in rows[len(rows) // 20:] if row["train_loss"]]
+        axes.set_ylim(0, 1.1 * max(early))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(folder / "loss.png", dpi=120)
     plt.close(figure)
 
 
-def take_up(settings, folder):
+def take_up(settings, folder, meta):
     """What to do with a run that is already in out_dir -> its checkpoint, or None to begin."""
     path = folder / "ckpt.pt"
     if settings.overwrite or not path.exists():
         return None
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        old = checkpoint["settings"]
+        old, old_meta = checkpoint["settings"], checkpoint["meta"]
     except Exception as error:              # a damaged file can raise nearly anything
         raise SystemExit(f"{path} cannot be read ({type(error).__name__}: {str(error)[:80]}). "
                          "Move it away, or begin anew with --overwrite=True.")
@@ -377,8 +384,11 @@ def take_up(settings, folder):
         go_on = "add --resume=True to go on with these" if HARMLESS.issuperset(differ) else \
             "go on with the settings from there"
         raise SystemExit(f"{folder} holds a run with other settings: {', '.join(differ.values())}. "
-                         f"Either {go_on}, or choose another --out_dir, or throw that run away with "
-                         "--overwrite=True.")
+                         f"Either {go_on}, or choose another --out_dir, or throw that run away "
+                         "with --overwrite=True.")
+    if old_meta != meta:
+        raise SystemExit(f"{folder} has learned from another version of {settings.dataset}. Choose "
+                         "another --out_dir, or throw that run away with --overwrite=True.")
     return checkpoint
 
 
@@ -409,10 +419,10 @@ def train(settings):
 
     folder = Path(settings.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = take_up(settings, folder)
+    checkpoint = take_up(settings, folder, meta)
     if checkpoint and checkpoint["step"] >= settings.max_steps:
-        say(f"{folder} is finished: {checkpoint['step']} steps. Sample it: python sample.py {folder}."
-            f" Train on: --max_steps={2 * checkpoint['step']} --resume=True")
+        say(f"{folder} is finished: {checkpoint['step']} steps. A story: python sample.py {folder}"
+            f"   To train on, add --max_steps={2 * checkpoint['step']} --resume=True")
         return
     dtype = choose_dtype(settings, device)
     autocast = functools.partial(torch.autocast, device.type, dtype, dtype != torch.float32)
@@ -479,9 +489,9 @@ def train(settings):
             loss, lr = loss_sum.item() / max(loss_steps, 1), settings.learning_rate * lr_share(
                 settings, max(step - 1, 0))             # reading the loss waits for the device
             if not math.isfinite(loss):
-                raise SystemExit(f"The loss is {loss} at step {step} (learning rate {lr:.2e}, gradient "
-                                 f"norm {float(norm):.2e}). The checkpoint before it stays. Try a "
-                                 "smaller --learning_rate or more --warmup_steps.")
+                raise SystemExit(f"The loss is {loss} at step {step} (learning rate {lr:.2e}, "
+                                 f"gradient norm {float(norm):.2e}). The checkpoint before it "
+                                 "stays. Try a smaller --learning_rate or more --warmup_steps.")
             spent, done = time.time() - clock, (step - clock_step) * tokens_per_step
             seconds += spent
             row = dict.fromkeys(COLUMNS, "")
@@ -494,27 +504,29 @@ def train(settings):
                         "tokens_per_s": round(done / spent)}
                 loss_sum, loss_steps = torch.zeros((), device=device), 0
             if due_eval and rank == 0:
-                val, whole = (evaluate(model, view, device, autocast) for view in (windows, stories))
+                val, whole = (evaluate(model, view, device, autocast)
+                              for view in (windows, stories))
                 row |= {"val_loss": val, "val_bpb": val * bits}
                 say(f"step {step:>6,} | validation {val:.4f} nats per token, {val * bits:.4f} bits "
                     f"per byte | whole stories {whole:.4f} nats per token" + against(meta, whole))
                 ids = model.generate([[meta["eot"]]], 60, 0.8, stop=meta["eot"])[0]
                 say("    " + " ".join(tokenizer.decode(ids).split()) + " ...")
             if rank == 0 and (due_log or due_eval):
-                row |= {"step": step, "tokens": step * tokens_per_step, "seconds": round(seconds, 2)}
+                row |= {"step": step, "tokens": step * tokens_per_step,
+                        "seconds": round(seconds, 2)}
                 log.append(row)
                 write_log(folder / "log.csv", log)
                 if due_eval:
-                    draw_loss(folder, folder.name, meta.get("entropy_bound", {}).get("nats_per_token"))
+                    draw_loss(folder)
             if rank == 0 and (due_save or stop):
-                content = {"model": model.state_dict(), "model_config": asdict(model.config),
-                           "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                           "scaler": scaler.state_dict(), "settings": asdict(settings), "step": step,
-                           "seconds": seconds, "loss_sum": loss_sum, "loss_steps": loss_steps}
-                saved = save(folder / "ckpt.pt", content)
+                weights = {"model": model.state_dict(), "model_config": asdict(model.config),
+                           "settings": asdict(settings), "step": step, "meta": meta}
+                saved = save(folder / "ckpt.pt", weights | {
+                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                    "scaler": scaler.state_dict(), "seconds": seconds,
+                    "loss_sum": loss_sum, "loss_steps": loss_steps})
                 if settings.keep_checkpoints:
-                    light = {key: content[key] for key in ("model", "model_config", "settings", "step")}
-                    save(folder / f"ckpt_{step:06}.pt", light)
+                    save(folder / f"ckpt_{step:06}.pt", weights)
             clock, clock_step = time.time(), step
         if last or stop:
             break
@@ -530,7 +542,7 @@ def train(settings):
             if device.type == "cuda":
                 x, y = x.pin_memory(), y.pin_memory()
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-            waits = world > 1 and i + micro < len(mine)                 # gradients cross once a step
+            waits = world > 1 and i + micro < len(mine)         # gradients cross once a step
             with learner.no_sync() if waits else contextlib.nullcontext():
                 with autocast():
                     loss = learner(x, y)[1] * (micro / len(mine))
