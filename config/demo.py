@@ -5,9 +5,10 @@
 dataset = "sample"
 n_layer, n_head, n_embd, block_size = 3, 3, 192, 256
 batch_tokens = 2_048
-max_steps = 2_300
+max_steps = 2_100
 learning_rate = 2e-2            # small models like large steps, and many of them
 weight_decay = 0.1
 decay = 0.9
-eval_interval = 1_150
+eval_interval = 1_050
 eval_tokens = 40_960
+log_interval = 100

@@ -10,3 +10,4 @@ learning_rate = 2e-2
 weight_decay = 0.1
 eval_interval = 600
 eval_tokens = 40_960
+log_interval = 100
