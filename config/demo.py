@@ -1,14 +1,16 @@
 """A first model, on stories that our own grammar tells (data/grammar.txt): no download, no GPU.
 
     python train.py config/demo.py
+
+3.8 minutes on two CPU cores: 0.286 nats per token of whole stories, where the grammar's own is 0.270.
 """
 dataset = "sample"
 n_layer, n_head, n_embd, block_size = 3, 3, 192, 256
 batch_tokens = 2_048
 max_steps = 2_100
 learning_rate = 2e-2            # small models like large steps, and many of them
-weight_decay = 0.1
+momentum, weight_decay = 0.8, 0.1
 decay = 0.9
-eval_interval = 1_050
-eval_tokens = 40_960
+eval_interval = 700
+eval_tokens = 0                 # all of it
 log_interval = 100
