@@ -71,11 +71,11 @@ def rotary_table(length, D, base=10_000.0):
 
 
 def rotate(x, table):
-    """Turn x (B, H, T, D) by a table (2, T, D / 2): the product of a turned query and a turned key
+    """Turn x (..., T, D) by a table (2, T, D / 2): the product of a turned query and a turned key
     depends on their distance, not on where they stand."""
     cos, sin = table.to(x.dtype)
-    a, b = x.chunk(2, dim=-1)                                           # each (B, H, T, D / 2)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)    # (B, H, T, D)
+    a, b = x.chunk(2, dim=-1)                                           # each (..., T, D / 2)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)    # (..., T, D)
 
 
 class Cache:
@@ -95,15 +95,29 @@ class Cache:
         return self.k[layer, :, :, :S], self.v[layer, :, :, :S]
 
 
-def attend(q, k, v, mask, dropout=0.0):
+def look_back(T, S, window, device):
+    """Which of S tokens each of the last T may look at: itself and at most window - 1 before it
+    -> (T, S) bool."""
+    j = torch.arange(S, device=device)
+    i = j[S - T:, None]
+    return (j <= i) & (j > i - window)
+
+
+def attend(q, k, v, mask=None, dropout=0.0):
     """Queries (B, H, T, D), keys and values (B, H, S, D) -> what each query gathers (B, H, T, D).
-    mask (T, S) says who may look at whom; None: at itself and all before it. A GPU has a kernel
-    that never writes the scores down (arXiv 2205.14135); on a CPU, plain products are faster."""
+    mask (T, S) says who may look at whom; without one, each looks at itself and all before it (on
+    a CPU, only a single query goes without). A GPU has a kernel that never writes the scores down
+    (arXiv 2205.14135); on a CPU, plain products are faster."""
     if q.device.type != "cpu":
         causal = mask is None and q.size(2) > 1
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
-    scores = q * q.size(-1) ** -0.5 @ k.transpose(-1, -2)           # (B, H, T, S)
-    scores = scores + torch.zeros(mask.shape, dtype=scores.dtype).masked_fill_(~mask, -math.inf)
+    q = q * q.size(-1) ** -0.5
+    if q.size(2) > 1:
+        scores = q @ k.mT                                           # (B, H, T, S)
+    else:
+        scores = (k @ q.mT).mT      # (B, H, 1, S): a strided piece of a cache is not copied here
+    if mask is not None:
+        scores = scores + torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
     weights = torch.softmax(scores, dim=-1, dtype=scores.dtype)     # how much of each value
     return F.dropout(weights, dropout) @ v if dropout else weights @ v
 
@@ -116,33 +130,34 @@ class Attention(nn.Module):
         C = config.n_embd
         self.layer, self.n_head = layer, config.n_head
         self.qk_norm, self.dropout = config.qk_norm, config.dropout
-        self.window = config.window if layer % 2 else 0
-        self.query, self.key, self.value = (nn.Linear(C, C, bias=False) for _ in range(3))
+        self.qkv = nn.Parameter(torch.empty(3, C, C).normal_(std=0.02))     # three matrices
         self.out = nn.Linear(C, C, bias=config.bias)
         mixes = config.value_residual and layer > 0
         self.mix = nn.Parameter(torch.tensor(0.5)) if mixes else None   # the first layer's share
 
-    def forward(self, x, rotary=None, first=None, cache=None):
+    def forward(self, x, mask=None, rotary=None, first=None, cache=None):
         """x (B, T, C), the first layer's values (B, H, T, D) or None -> (B, T, C), those values."""
         B, T, C = x.shape
-        q, k, v = (project(x).view(B, T, self.n_head, -1).transpose(1, 2)   # each (B, H, T, D)
-                   for project in (self.query, self.key, self.value))
+        qkv = F.linear(x, self.qkv.flatten(0, 1)).view(B, T, 3, self.n_head, C // self.n_head)
+        qk, v = qkv.permute(2, 0, 3, 1, 4).split((2, 1))        # (2, B, H, T, D), (1, B, H, T, D)
         if self.qk_norm:
-            q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
+            qk = F.rms_norm(qk, qk.shape[-1:])
         if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
+            qk = rotate(qk, rotary)
+        q, k, v = *qk, v[0]                                     # each (B, H, T, D)
         first = v if first is None else first
         if self.mix is not None:
             v = torch.lerp(v, first, self.mix.to(v.dtype))
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)                           # (B, H, S, D)
-        S, mask = k.size(2), None
-        if T > 1 and S > T or 0 < self.window < S or x.device.type == "cpu":
-            j = torch.arange(S, device=x.device)
-            i = j[S - T:, None]
-            mask = (j <= i) & (j > i - (self.window or S))              # (T, S): i may look at j
         y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.out(y.transpose(1, 2).reshape(B, T, C)), first
+
+
+def relu2(x):
+    """Squared ReLU (arXiv 2109.08668)."""
+    x = F.relu(x)
+    return x * x        # x.square() would be done in float32 by autocast on a GPU
 
 
 class MLP(nn.Module):
@@ -151,8 +166,7 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.act = {"relu2": lambda x: F.relu(x).square(),
-                    "gelu": lambda x: F.gelu(x, approximate="tanh")}[config.act]
+        self.act = {"relu2": relu2, "gelu": lambda x: F.gelu(x, approximate="tanh")}[config.act]
         self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x):
@@ -168,10 +182,55 @@ class Block(nn.Module):
         self.norm_2, self.mlp = make_norm(config), MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, rotary=None, first=None, cache=None):
-        y, first = self.attention(self.norm_1(x), rotary, first, cache)
+    def forward(self, x, mask=None, rotary=None, first=None, cache=None):
+        y, first = self.attention(self.norm_1(x), mask, rotary, first, cache)
         x = x + self.drop(y)
         return x + self.drop(self.mlp(self.norm_2(x))), first
+
+
+class HeadLoss(torch.autograd.Function):
+    """The mean cross-entropy of vectors x (N, C), scored against each row of weight (V, C), and
+    targets (N,), -1 where nothing is asked.
+
+    The scores (N, V) are by far the largest thing in a step, and in float32 there would be several
+    of them: here a slice of rows is scored, and since the gradient of its scores is known at once
+    (their softmax, less one at the target), nothing of the slice has to be kept for later."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        x, low_weight, asked = x.to(dtype), weight.to(dtype), targets >= 0
+        rows = 512 if device == "cpu" else 8192         # fits a CPU's cache; keeps a GPU busy
+        total, x_grad, weight_grad = 0.0, torch.empty_like(x), torch.zeros_like(weight)
+        for i in range(0, len(x), rows):
+            here = slice(i, i + rows)
+            target, mask = targets[here, None].clamp(min=0), asked[here, None]
+            logp = F.log_softmax(x[here] @ low_weight.T, dim=-1, dtype=torch.float32)   # (rows, V)
+            total = total - (logp.gather(1, target) * mask).sum()
+            grad = logp.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=logp.dtype))
+            grad = grad.mul_(mask).to(dtype)
+            x_grad[here] = grad @ low_weight
+            weight_grad += grad.T @ x[here]
+        ctx.save_for_backward(x_grad, weight_grad, asked.sum())
+        return total / asked.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x_grad, weight_grad, count = ctx.saved_tensors
+        return x_grad.float() * (grad / count), weight_grad * (grad / count), None
+
+
+def best_dtype(device):
+    """What a device ("cpu", "cuda", "mps") multiplies fastest: bfloat16 where the hardware has it,
+    float16 on older GPUs, else float32."""
+    if device == "cuda":
+        real = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if real else torch.float16
+    if device == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        can = torch.cpu.get_capabilities()
+        return torch.bfloat16 if can.get("avx512_bf16") or can.get("amx_bf16") else torch.float32
+    return torch.float32
 
 
 class GPT(nn.Module):
@@ -199,14 +258,11 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def forward(self, idx, targets=None, cache=None):
-        """idx (B, T) int64 -> logits (B, T, V padded to a multiple of 64), loss in nats per token.
-
-        targets (B, T): the id that follows each token, -1 where nothing is asked; without them
-        the loss is None. cache: a Cache that holds the tokens before idx; idx is added to it.
-        ValueError: more tokens than block_size."""
-        start = cache.length if cache else 0
-        end = start + idx.size(1)
+    def hidden(self, idx, cache=None):
+        """idx (B, T) int64 -> what the head reads, (B, T, C). cache: a Cache that holds the tokens
+        before idx; idx is added to it. ValueError: more tokens than block_size."""
+        start, T = cache.length if cache else 0, idx.size(1)
+        end, window = start + T, self.config.window
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens do not fit the context of {self.config.block_size}")
         x = self.token_embedding(idx)                                   # (B, T, C)
@@ -214,16 +270,31 @@ class GPT(nn.Module):
             x = x + self.position_embedding.weight[start:end]
         x = self.drop(x)
         rotary = None if self.rotary is None else self.rotary[:, start:end]
-        first = None
-        for block in self.blocks:
-            x, first = block(x, rotary, first, cache)
+        kernel = T == end and x.device.type != "cpu"        # its own mask is the plain one
+        far = None if T == 1 or kernel else look_back(T, end, end, x.device)
+        near = look_back(T, end, window, x.device) if 0 < window < end else far
+        first = None                                        # the values of the first layer
+        for layer, block in enumerate(self.blocks):
+            x, first = block(x, near if layer % 2 else far, rotary, first, cache)
         if cache:
             cache.length = end
-        logits = F.linear(self.norm(x), self.token_embedding.weight)    # (B, T, V)
+        return self.norm(x)
+
+    def forward(self, idx, targets=None, cache=None):
+        """idx (B, T) int64 -> logits (B, T, V padded to a multiple of 64), loss in nats per token.
+
+        targets (B, T): the id that follows each token, -1 where nothing is asked; without them
+        the loss is None. cache: see `hidden`."""
+        logits = F.linear(self.hidden(idx, cache), self.token_embedding.weight)     # (B, T, V)
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
         return logits, loss
+
+    def loss(self, idx, targets):
+        """The loss of `forward`, and the same gradients, without ever holding all the logits."""
+        x = self.hidden(idx).flatten(0, 1)                              # (B T, C)
+        return HeadLoss.apply(x, self.token_embedding.weight, targets.flatten())
 
     def count_parameters(self, embeddings=True):
         return sum(p.numel() for name, p in self.named_parameters()
@@ -234,7 +305,7 @@ class GPT(nn.Module):
         c = self.config
         return 6 * self.count_parameters() + 12 * c.n_layer * c.n_embd * c.block_size
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=None,
                seed=0):
         """Continue B prompts (lists of one id or more, of any lengths) at once, token by token.

@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 
 import prepare
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, best_dtype
 
 
-def load_run(path, device="auto"):
-    """A run's folder, or one of its checkpoint files -> its GPT and its tokenizer."""
+def load_run(path, device="auto", dtype=None):
+    """A run's folder, or one of its checkpoint files -> its GPT and its tokenizer. dtype: of the
+    weights; None: what the device multiplies fastest."""
     path = Path(path)
     file = path / "ckpt.pt" if path.is_dir() else path
     if not file.is_file():
@@ -30,8 +31,9 @@ def load_run(path, device="auto"):
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         checkpoint = torch.load(file, map_location=device, weights_only=True)
-        model = GPT(GPTConfig(**checkpoint["model_config"])).to(device)
+        model = GPT(GPTConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["model"])
+        model.to(device, dtype or best_dtype(torch.device(device).type))
         tokenizer = prepare.load_tokenizer(file.parent)
     except Exception as error:              # a damaged file can raise nearly anything
         raise SystemExit(f"{file} cannot be read: {type(error).__name__}: {str(error)[:100]}")

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 
 import prepare
 import sample
@@ -321,10 +322,22 @@ def test_reading_piece_by_piece_equals_reading_at_once(model):
     torch.testing.assert_close(torch.cat(pieces, 1), model(idx)[0], atol=1e-4, rtol=1e-4)
 
 
+def test_the_sliced_loss_has_the_same_value_and_gradients(model):
+    idx, targets = torch.randint(100, (2, 12, 48))      # two slices on a CPU
+    targets[3, 7:] = -1                                     # nothing is asked there
+    grads = []
+    for loss in (model(idx, targets)[1], model.loss(idx, targets)):
+        model.zero_grad()
+        loss.backward()
+        grads.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    for whole, sliced in zip(*grads):
+        torch.testing.assert_close(sliced, whole, atol=1e-6, rtol=1e-4)
+
+
 def test_attention_written_out_equals_the_kernel():
     q, k, v = torch.randn(3, 2, 4, 9, 16)
     mask = torch.ones(9, 9, dtype=torch.bool).tril()
-    kernel = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    kernel = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     torch.testing.assert_close(attend(q, k, v, mask), kernel)
 
 
@@ -372,7 +385,7 @@ def test_a_fresh_model():
         down, up = model.blocks[0].mlp.down.weight, model.blocks[0].mlp.up.weight
         if kind == "ours":          # its output projections are zero: a block is the identity
             x = torch.randn(2, 5, 64)
-            assert torch.equal(model.blocks[0](x, model.rotary[:, :5])[0], x)
+            assert torch.equal(model.blocks[0](x, rotary=model.rotary[:, :5])[0], x)
         else:
             assert up.std().item() / down.std().item() == pytest.approx(math.sqrt(2 * 3), rel=0.05)
 
@@ -415,6 +428,25 @@ def test_every_weight_is_trained_by_one_optimizer():
                                                torch.device("cpu"))
             held = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
             assert sorted(held) == sorted(id(p) for p in model.parameters())
+
+
+def test_muon_moves_stacks_of_matrices_as_torchs_own_moves_each():
+    torch.manual_seed(0)
+    ours = [nn.Parameter(torch.randn(shape)) for shape in ((3, 8, 8), (8, 8), (32, 8), (8, 32))]
+    parts = [p.detach().view(-1, *p.shape[-2:]).clone().unbind() for p in ours]
+    theirs = [[nn.Parameter(part) for part in group] for group in parts]
+    how = dict(lr=0.1, momentum=0.8, weight_decay=0.5)
+    one = train.Muon([{"params": ours}], how)
+    other = torch.optim.Muon(sum(theirs, []), adjust_lr_fn="match_rms_adamw", **how)
+    for _ in range(3):
+        for p, group in zip(ours, theirs):
+            p.grad = torch.randn_like(p)
+            for part, grad in zip(group, p.grad.view(-1, *p.shape[-2:])):
+                part.grad = grad
+        one.step()
+        other.step()
+    for p, group in zip(ours, theirs):
+        torch.testing.assert_close(p.view(-1, *p.shape[-2:]), torch.stack(group), atol=5e-3, rtol=0)
 
 
 def test_a_wrong_shape_is_refused_in_words():
@@ -579,10 +611,8 @@ def test_another_run_is_not_overwritten(data, tmp_path, straight):
 
 
 def test_a_loss_that_is_not_finite_saves_nothing(data, tmp_path, monkeypatch):
-    forward = GPT.forward
-    monkeypatch.setattr(GPT, "forward", lambda self, idx, targets=None, cache=None: tuple(
-        value if value is None or not self.training else value * math.nan
-        for value in forward(self, idx, targets, cache)))
+    loss = GPT.loss
+    monkeypatch.setattr(GPT, "loss", lambda self, x, y: loss(self, x, y) * math.nan)
     with pytest.raises(SystemExit, match="loss is nan at step 4"):
         train.train(settings(data, tmp_path))
     assert not (tmp_path / "ckpt.pt").exists()

@@ -9,8 +9,8 @@ time: the step is finished and saved, and the same command goes on.
 """
 
 import ast
-import contextlib
 import csv
+import ctypes
 import difflib
 import functools
 import inspect
@@ -31,7 +31,7 @@ import torch.distributed as dist
 import torch.nn as nn
 
 import prepare
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, best_dtype
 
 
 @dataclass
@@ -259,35 +259,64 @@ def choose_device(settings, local_rank):
     return torch.device(name)
 
 
-def choose_dtype(settings, device):
-    """bfloat16 where the hardware multiplies it, float16 on older GPUs, else float32."""
-    if settings.dtype != "auto":
-        return getattr(torch, settings.dtype)
-    if device.type == "cuda":
-        real = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if real else torch.float16
-    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
-        can = torch.cpu.get_capabilities()
-        return torch.bfloat16 if can.get("avx512_bf16") or can.get("amx_bf16") else torch.float32
-    return torch.float32
+def keep_memory():
+    """Linux's malloc hands large arrays back as soon as they are free, and clears them page by page
+    when they are asked for again, in each step. Let it keep them: a fifth of a CPU's time."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for option in (-1, -3):             # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD (malloc.h)
+            libc.mallopt(option, 1 << 30)
+
+
+def orthogonalize(x):
+    """Matrices (n, rows, columns) -> their nearest with all singular values about one, by five
+    steps of Newton and Schulz's iteration with the coefficients of Keller Jordan's Muon."""
+    tall = x.size(-2) > x.size(-1)
+    x = x.bfloat16()
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        a = x @ x.mT
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)      # -4.7750 a + 2.0315 a @ a
+        x = torch.baddbmm(x, b, x, beta=3.4445)                     # 3.4445 x + b @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update moves all directions of a matrix alike (Keller Jordan 2024; scaled so
+    that AdamW's learning rate fits, arXiv 2502.16982). A parameter of three axes is a stack of
+    matrices; all of one shape are worked on at once."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                shapes.setdefault(p.shape, []).append(p)
+            for shape, params in shapes.items():
+                updates = []
+                for p in params:
+                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    momentum.lerp_(p.grad, 1 - group["momentum"])
+                    updates.append(p.grad.lerp(momentum, group["momentum"]))    # Nesterov's
+                updates = orthogonalize(torch.stack(updates).view(-1, *shape[-2:]))
+                size = group["lr"] * 0.2 * math.sqrt(max(shape[-2:]))
+                for p, update in zip(params, updates.view(-1, *shape)):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-size)
 
 
 def make_optimizers(model, settings, device):
-    """Muon (arXiv 2502.16982) turns the update of a matrix into one that moves all its directions
-    alike, scaled so that AdamW's learning rate fits; vectors and embeddings go to AdamW."""
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    """Muon for the matrices of the blocks, AdamW for vectors and embeddings; or AdamW for all."""
+    matrices = [p for p in model.blocks.parameters() if p.ndim >= 2]
     held = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in held]
-    groups = [{"params": others, "weight_decay": 0.0}]
+    groups = [{"params": [p for p in model.parameters() if id(p) not in held], "weight_decay": 0.0}]
+    decayed = {"params": matrices, "weight_decay": settings.weight_decay}
     if settings.optimizer == "adamw":
-        groups.append({"params": matrices, "weight_decay": settings.weight_decay})
+        groups.append(decayed)
     optimizers = [torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, settings.beta2),
                                     fused=device.type == "cuda")]
     if settings.optimizer == "muon":
-        optimizers.append(torch.optim.Muon(matrices, lr=settings.learning_rate,
-                                           momentum=settings.momentum,
-                                           weight_decay=settings.weight_decay,
-                                           adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon([decayed], dict(lr=settings.learning_rate,
+                                               momentum=settings.momentum)))
     return optimizers
 
 
@@ -424,7 +453,8 @@ def train(settings):
         say(f"{folder} is finished: {checkpoint['step']} steps. A story: python sample.py {folder}"
             f"   To train on, add --max_steps={2 * checkpoint['step']} --resume=True")
         return
-    dtype = choose_dtype(settings, device)
+    keep_memory()
+    dtype = best_dtype(device.type) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     autocast = functools.partial(torch.autocast, device.type, dtype, dtype != torch.float32)
     torch.set_float32_matmul_precision("high")          # what stays float32 may use TF32
     torch.manual_seed(settings.seed)
@@ -446,13 +476,8 @@ def train(settings):
         write_log(folder / "log.csv", log)
         for name in ("tokenizer.tiktoken", "meta.json"):
             shutil.copyfile(data / name, folder / name)
-    learner = model                                     # the same weights, made fit for training
     compiled = device.type == "cuda" if settings.compile is None else settings.compile
-    if compiled:
-        learner = torch.compile(learner)
-    if world > 1:
-        learner = nn.parallel.DistributedDataParallel(
-            learner, device_ids=[device.index] if device.type == "cuda" else None)
+    loss_of = torch.compile(model.loss) if compiled else model.loss
 
     tokens_per_step, flops = rows * T, model.flops_per_token()
     say(f"{folder}: {model.count_parameters():,} parameters ({model.count_parameters(False):,} "
@@ -460,7 +485,7 @@ def train(settings):
         f"{settings.max_steps * tokens_per_step / meta['train']['tokens']:.2f} epochs; "
         f"{device.type}, {str(dtype)[6:]}{', compiled' if compiled else ''}"
         + (f"; going on from step {step:,}" if step else ""))
-    windows, stories = validation(data / "val.bin", meta, T, settings.eval_tokens, micro) \
+    windows, stories = validation(data / "val.bin", meta, T, settings.eval_tokens, min(micro, 16)) \
         if rank == 0 else (None, None)
     bits = meta["val"]["tokens"] / meta["val"]["bytes"] / math.log(2)   # nats/token -> bits/byte
     tokenizer = prepare.load_tokenizer(data)
@@ -542,12 +567,12 @@ def train(settings):
             if device.type == "cuda":
                 x, y = x.pin_memory(), y.pin_memory()
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-            waits = world > 1 and i + micro < len(mine)         # gradients cross once a step
-            with learner.no_sync() if waits else contextlib.nullcontext():
-                with autocast():
-                    loss = learner(x, y)[1] * (micro / len(mine))
-                scaler.scale(loss).backward()
+            with autocast():
+                loss = loss_of(x, y) * (micro / len(mine))
+            scaler.scale(loss).backward()
             loss_sum += loss.detach()
+        if world > 1:
+            average_gradients(model, world)
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
@@ -566,6 +591,15 @@ def train(settings):
         f"A story: python sample.py {folder}   The curve: {folder / 'loss.png'}")
     if not saved:
         raise SystemExit(f"The last checkpoint of {folder} could not be saved.")
+
+
+def average_gradients(model, world):
+    """Replace each gradient by its mean over all ranks; they cross once a step, in one message."""
+    grads = [p.grad for p in model.parameters()]
+    message = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(message)
+    for grad, mean in zip(grads, (message / world).split([grad.numel() for grad in grads])):
+        grad.copy_(mean.view_as(grad))
 
 
 def agree(signals, device):
