@@ -64,18 +64,18 @@ def make_norm(config):
 
 def rotary_table(length, D, base=10_000.0):
     """Cosines and sines of the angles by which a position turns each pair of a head's numbers
-    (arXiv 2104.09864) -> (2, length, D / 2)."""
+    (arXiv 2104.09864) -> (2, length, D). The halves of a head are the two sides of its pairs."""
     speed = base ** (-torch.arange(0, D, 2).float() / D)        # one radian a token to almost none
     angle = torch.arange(length).float()[:, None] * speed       # (length, D / 2)
-    return torch.stack((angle.cos(), angle.sin()))              # (2, length, D / 2)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack((torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)))
 
 
 def rotate(x, table):
-    """Turn x (..., T, D) by a table (2, T, D / 2): the product of a turned query and a turned key
+    """Turn x (..., T, D) by a table (2, T, D): the product of a turned query and a turned key
     depends on their distance, not on where they stand."""
     cos, sin = table.to(x.dtype)
-    a, b = x.chunk(2, dim=-1)                                           # each (..., T, D / 2)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)    # (..., T, D)
+    return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin     # (a, b) -> (a c - b s, b c + a s)
 
 
 class Cache:

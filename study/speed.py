@@ -1,0 +1,224 @@
+"""How fast are training and sampling, and how near to what the machine can do?
+
+    python study/speed.py                       # about six minutes on two CPU cores
+    python study/speed.py --compile             # torch.compile, too (slow to start on a CPU)
+    pip install transformers                    # if it is there, it is measured as well
+
+Everything is measured in turn, round after round, for machines are not the same from one minute to
+the next; the table holds medians, and its ratios are medians of the ratios within a round. The
+shape is tiny_8l's: 8 layers of width 256, 10,000 tokens.
+"""
+
+import argparse
+import math
+import multiprocessing
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from model import GPT, GPTConfig, best_dtype                                    # noqa: E402
+from train import Settings, keep_memory, make_optimizers                        # noqa: E402
+
+SHAPE = dict(vocab_size=10_000, n_layer=8, n_head=4, n_embd=256)
+NEW = 200                   # tokens that a row samples
+COPIED = 1 << 28            # bytes
+
+
+def wait(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+# Each function below makes one thing ready and returns a function that does it once.
+
+def product(device, size, dtype):
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in "ab")
+    return lambda: a @ b
+
+
+def copy(device):
+    a, b = (torch.ones(COPIED // 4, device=device) for _ in "ab")
+    return lambda: b.copy_(a)
+
+
+def our_step(device, T, tokens, compiled=False):
+    """A step of train.py: bfloat16 where the device has it, Muon and AdamW, gradients clipped."""
+    model = GPT(GPTConfig(block_size=T, **SHAPE)).to(device)
+    optimizers = make_optimizers(model, Settings(), torch.device(device))
+    loss_of = torch.compile(model.loss) if compiled else model.loss
+    x, y = torch.randint(SHAPE["vocab_size"], (2, tokens // T, T), device=device)
+    dtype = best_dtype(device)
+
+    def step():
+        with torch.autocast(device, dtype, dtype != torch.float32):
+            loss = loss_of(x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def peer(kind, T):
+    """transformers' model of our shape, or None where transformers is not installed."""
+    try:
+        import transformers
+    except ImportError:
+        return None
+    transformers.logging.set_verbosity_error()
+    layers, heads, width = (SHAPE[key] for key in ("n_layer", "n_head", "n_embd"))
+    if kind == "GPT-Neo":
+        config = transformers.GPTNeoConfig(
+            vocab_size=SHAPE["vocab_size"], max_position_embeddings=T, hidden_size=width,
+            num_layers=layers, num_heads=heads, window_size=256,
+            attention_types=[[["global", "local"], layers // 2]])
+        return transformers.GPTNeoForCausalLM(config)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=SHAPE["vocab_size"], n_positions=T, n_embd=width, n_layer=layers, n_head=heads))
+
+
+def peer_step(kind, device, T, tokens):
+    """A step of the peer in its default precision, with AdamW."""
+    if (model := peer(kind, T)) is None:
+        return None
+    model = model.to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=device == "cuda")
+    x = torch.randint(SHAPE["vocab_size"], (tokens // T, T), device=device)
+
+    def step():
+        model(x, labels=x).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def our_text(device, rows):
+    model = GPT(GPTConfig(block_size=512, **SHAPE)).to(device, best_dtype(device)).eval()
+    return lambda: model.generate([[1]] * rows, NEW)
+
+
+def peer_text(kind, device, rows):
+    if (model := peer(kind, 512)) is None:
+        return None
+    model = model.to(device).eval()
+    start = torch.ones(rows, 1, dtype=torch.long, device=device)
+    return lambda: model.generate(
+        start, attention_mask=start, do_sample=True, top_k=0, top_p=1.0, max_new_tokens=NEW,
+        min_new_tokens=NEW, pad_token_id=0, eos_token_id=0)
+
+
+# ---------------------------------------------------------------------------------------- measuring
+
+def measure(contestants, device, rounds):
+    """Seconds of {name: function or None}, each once a round, one after the other, so that all see
+    the same machine -> {name: list of seconds}."""
+    contestants = {name: do for name, do in contestants.items() if do}
+    for do in contestants.values():                     # warm up
+        do()
+        do()
+    seconds = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, do in contestants.items():
+            wait(device)
+            start = time.perf_counter()
+            do()
+            wait(device)
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def peak_memory(make, *how):
+    """MB at the peak of one step, in a process that does nothing else (on CUDA: on the device)."""
+    step = make(*how)
+    step()
+    if "cuda" in how:
+        return torch.cuda.max_memory_allocated() / 1e6
+    try:
+        status = Path("/proc/self/status").read_text()      # Linux: of this process alone
+        return int(status.split("VmHWM:")[1].split()[0]) / 1e3
+    except OSError:
+        return math.nan
+
+
+def alone(*call):
+    """Do a call of peak_memory in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(peak_memory, call)
+
+
+def ratio(seconds, name, other):
+    """How many times as fast `name` is as `other`: the median of the rounds."""
+    if name not in seconds or other not in seconds:
+        return ""
+    return f"{statistics.median(b / a for a, b in zip(seconds[name], seconds[other])):.2f}"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compile", action="store_true", help="compiled steps, too")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tokens", type=int, help="of a step (default: 4096; CUDA: 65536)")
+    args = parser.parse_args(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokens = args.tokens or (65_536 if device == "cuda" else 4_096)
+    size, low = (8192 if device == "cuda" else 2048), best_dtype(device)
+    keep_memory()
+    machine = torch.cuda.get_device_name() if device == "cuda" else \
+        f"{torch.get_num_threads()} CPU cores ({platform.processor() or platform.machine()})"
+    print(f"{machine}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}\n")
+
+    print("| limit | rate |\n|---|--:|")
+    for kind in dict.fromkeys((torch.float32, low)):
+        [times] = measure({"": product(device, size, kind)}, device, args.rounds).values()
+        print(f"| {size}³ product, {str(kind)[6:]} | "
+              f"{2 * size ** 3 / statistics.median(times) / 1e9:,.0f} GFLOP/s |")
+    [times] = measure({"": copy(device)}, device, args.rounds).values()
+    print(f"| memory copied | {2 * COPIED / statistics.median(times) / 1e9:,.0f} GB/s |")
+
+    limit = "product"
+    print("\n| training step | tokens/s | of the matrix rate | times GPT-Neo | peak memory |\n"
+          "|---|--:|--:|--:|--:|")
+    for T in (256, 512):
+        makers = {f"ours, T = {T}": (our_step, device, T, tokens),
+                  f"ours, compiled, T = {T}": args.compile and (our_step, device, T, tokens, True),
+                  f"GPT-Neo, T = {T}": (peer_step, "GPT-Neo", device, T, tokens),
+                  f"GPT-2, T = {T}": (peer_step, "GPT-2", device, T, tokens)}
+        makers = {name: how for name, how in makers.items() if how}
+        steps = {name: make(*how) for name, (make, *how) in makers.items()}
+        seconds = measure({limit: product(device, size, low), **steps}, device, args.rounds)
+        work = GPT(GPTConfig(block_size=T, **SHAPE)).flops_per_token() * tokens
+        for name, how in makers.items():
+            if name not in seconds:
+                print(f"| {name} | transformers is not installed | | | |")
+                continue
+            share = statistics.median(work / a / (2 * size ** 3 / b)
+                                      for a, b in zip(seconds[name], seconds[limit]))
+            print(f"| {name} | {tokens / statistics.median(seconds[name]):,.0f} | {share:.0%} | "
+                  f"{ratio(seconds, name, f'GPT-Neo, T = {T}')} | {alone(*how):,.0f} MB |")
+
+    print(f"\n| sampling {NEW} tokens a row | tokens/s | times GPT-Neo |\n|---|--:|--:|")
+    for rows in (1, 64):
+        texts = {f"ours, rows: {rows}": our_text(device, rows),
+                 f"GPT-Neo, rows: {rows}": peer_text("GPT-Neo", device, rows),
+                 f"GPT-2, rows: {rows}": peer_text("GPT-2", device, rows)}
+        seconds = measure(texts, device, max(2, args.rounds // 2))
+        for name in texts:
+            if name not in seconds:
+                print(f"| {name} | transformers is not installed | |")
+                continue
+            print(f"| {name} | {rows * NEW / statistics.median(seconds[name]):,.0f} | "
+                  f"{ratio(seconds, name, f'GPT-Neo, rows: {rows}')} |")
+
+
+if __name__ == "__main__":
+    main()
