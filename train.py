@@ -582,15 +582,20 @@ def train(settings):
         scaler.update()
         step, loss_steps = step + 1, loss_steps + 1
 
-    if world > 1:
-        dist.destroy_process_group()
     if stop:
         say(f"Stopped after step {step}. The same command goes on.")
-        raise SystemExit(128 + stop[0])
-    say(f"Done in {(time.time() - began) / 60:.1f} minutes ({seconds / 60:.1f} of training). "
-        f"A story: python sample.py {folder}   The curve: {folder / 'loss.png'}")
+    else:
+        say(f"Done in {(time.time() - began) / 60:.1f} minutes ({seconds / 60:.1f} of training). "
+            f"A story: python sample.py {folder}   The curve: {folder / 'loss.png'}")
     if not saved:
-        raise SystemExit(f"The last checkpoint of {folder} could not be saved.")
+        print(f"The last checkpoint of {folder} could not be saved.", file=sys.stderr)
+    code = 128 + stop[0] if stop else int(not saved)
+    if world > 1:
+        dist.barrier()                                  # until all have done what they do last
+        sys.stdout.flush()
+        os._exit(code)              # an ordinary end now and then aborts, in a thread of gloo's
+    if code:
+        raise SystemExit(code)
 
 
 def average_gradients(model, world):
