@@ -654,7 +654,7 @@ def report_grades(by, models, task):
         (top, *_, low), falls = means, [*means.values()] == sorted(means.values(), reverse=True)
         parts += ["## The ruler", f"The judge {'puts' if falls else 'does NOT put'} the anchors in "
                   "order: " + ", ".join(f"{name} {mean:.2f}" for name, mean in means.items()) + "."]
-        for model in models if means[top] > means[low] else []:
+        for model in models if falls and means[top] > means[low] else []:
             here = [group for prompt, group in scores(by[model], "all").items()
                     if prompt in ruler[low]]
             if here:

@@ -904,6 +904,21 @@ def test_what_grade_imports_and_measures(tmp_path):
         assert len(grade.read_prompts(asked, sample=True)) >= (10 if task == "probes" else 15)
 
 
+def test_a_ruler_out_of_order_measures_nothing():
+    def rows(name, *grades):
+        return [{"model": name, "prompt": str(i), "completion": "x", "empty": False,
+                 "line": {"replies": [{"text": "So so."}]},
+                 "grades": dict.fromkeys(grade.NUMBERS, mark)} for i, mark in enumerate(grades)]
+
+    def told(*ends):
+        by = {"m": rows("m", 5.0, 6.0), **{name: rows(name, mark, mark)
+                                           for name, mark in zip(grade.ANCHORS, ends)}}
+        return "\n".join(grade.report_grades(by, ["m"], "story"))
+
+    assert "puts the anchors in order" in told(9, 5, 1) and "m: at 56% of the way" in told(9, 5, 1)
+    assert "does NOT" in told(9, 9.5, 1) and "of the way" not in told(9, 9.5, 1)
+
+
 # ------------------------------------------------------------------------------------- the commands
 
 def test_from_stories_to_a_story(data, tmp_path):
