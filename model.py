@@ -209,9 +209,9 @@ class HeadLoss(torch.autograd.Function):
             logp = F.log_softmax(x[here] @ low_weight.T, dim=-1, dtype=torch.float32)   # (rows, V)
             total = total - (logp.gather(1, target) * mask).sum()
             grad = logp.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=logp.dtype))
-            grad = grad.mul_(mask).to(dtype)
-            x_grad[here] = grad @ low_weight
-            weight_grad += grad.T @ x[here]
+            grad = grad.mul_(mask).to(dtype)                                            # (rows, V)
+            x_grad[here] = grad @ low_weight                                            # (rows, C)
+            weight_grad += grad.T @ x[here]                                             # (V, C)
         ctx.save_for_backward(x_grad, weight_grad, asked.sum())
         return total / asked.sum()
 

@@ -613,6 +613,16 @@ def test_another_run_is_not_overwritten(data, tmp_path, straight):
     assert same(result(tmp_path), straight)
 
 
+def test_weights_of_another_model_py_are_refused_in_words(data, tmp_path):
+    train.train(settings(data, tmp_path, "--max_steps=2"))
+    checkpoint = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    checkpoint["step"] = 1
+    checkpoint["model"]["blocks.0.a_line_that_a_student_took_out"] = torch.zeros(1)
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    with pytest.raises(SystemExit, match="model.py.*--overwrite=True"):
+        train.train(settings(data, tmp_path, "--max_steps=2"))
+
+
 def test_a_loss_that_is_not_finite_saves_nothing(data, tmp_path, monkeypatch):
     loss = GPT.loss
     monkeypatch.setattr(GPT, "loss", lambda self, x, y: loss(self, x, y) * math.nan)

@@ -261,7 +261,7 @@ def choose_device(settings, local_rank):
 
 def keep_memory():
     """Linux's malloc hands large arrays back as soon as they are free, and clears them page by page
-    when they are asked for again, in each step. Let it keep them: a fifth of a CPU's time."""
+    when they are asked for again, in each step. Let it keep them."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for option in (-1, -3):             # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD (malloc.h)
             libc.mallopt(option, 1 << 30)
@@ -451,7 +451,8 @@ def train(settings):
     checkpoint = take_up(settings, folder, meta)
     if checkpoint and checkpoint["step"] >= settings.max_steps:
         say(f"{folder} is finished: {checkpoint['step']} steps. A story: python sample.py {folder}"
-            f"   To train on, add --max_steps={2 * checkpoint['step']} --resume=True")
+            f"   To train on: --max_steps={2 * checkpoint['step']} --resume=True   "
+            "To begin anew: --overwrite=True")
         return
     keep_memory()
     dtype = best_dtype(device.type) if settings.dtype == "auto" else getattr(torch, settings.dtype)
@@ -464,9 +465,13 @@ def train(settings):
     step, seconds = 0, 0.0
     loss_sum, loss_steps = torch.zeros((), device=device), 0            # since the last log line
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-            optimizer.load_state_dict(state)
+        try:
+            model.load_state_dict(checkpoint["model"])
+            for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+                optimizer.load_state_dict(state)
+        except (RuntimeError, ValueError):
+            raise SystemExit(f"{folder} holds weights of another model.py. Go on with that one, "
+                             "choose another --out_dir, or begin anew with --overwrite=True.")
         scaler.load_state_dict(checkpoint["scaler"])
         step, seconds, loss_steps = (checkpoint[key] for key in ("step", "seconds", "loss_steps"))
         loss_sum += checkpoint["loss_sum"].to(device)

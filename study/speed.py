@@ -1,6 +1,6 @@
 """How fast are training and sampling, and how near to what the machine can do?
 
-    python study/speed.py                       # about six minutes on two CPU cores
+    python study/speed.py                       # three and a half minutes on two CPU cores
     python study/speed.py --compile             # torch.compile, too (slow to start on a CPU)
     pip install transformers                    # if it is there, it is measured as well
 
@@ -166,7 +166,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", action="store_true", help="compiled steps, too")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, help="of a step (default: 4096; CUDA: 65536)")
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -185,7 +185,6 @@ def main(argv=None):
     [times] = measure({"": copy(device)}, device, args.rounds).values()
     print(f"| memory copied | {2 * COPIED / statistics.median(times) / 1e9:,.0f} GB/s |")
 
-    limit = "product"
     print("\n| training step | tokens/s | of the matrix rate | times GPT-Neo | peak memory |\n"
           "|---|--:|--:|--:|--:|")
     for T in (256, 512):
@@ -195,14 +194,14 @@ def main(argv=None):
                   f"GPT-2, T = {T}": (peer_step, "GPT-2", device, T, tokens)}
         makers = {name: how for name, how in makers.items() if how}
         steps = {name: make(*how) for name, (make, *how) in makers.items()}
-        seconds = measure({limit: product(device, size, low), **steps}, device, args.rounds)
+        seconds = measure({"product": product(device, size, low), **steps}, device, args.rounds)
         work = GPT(GPTConfig(block_size=T, **SHAPE)).flops_per_token() * tokens
         for name, how in makers.items():
             if name not in seconds:
                 print(f"| {name} | transformers is not installed | | | |")
                 continue
             share = statistics.median(work / a / (2 * size ** 3 / b)
-                                      for a, b in zip(seconds[name], seconds[limit]))
+                                      for a, b in zip(seconds[name], seconds["product"]))
             print(f"| {name} | {tokens / statistics.median(seconds[name]):,.0f} | {share:.0%} | "
                   f"{ratio(seconds, name, f'GPT-Neo, T = {T}')} | {alone(*how):,.0f} MB |")
 
