@@ -271,7 +271,7 @@ def orthogonalize(x):
     """Matrices (n, rows, columns) -> their nearest with all singular values about one, by five
     steps of Newton and Schulz's iteration with the coefficients of Keller Jordan's Muon."""
     tall = x.size(-2) > x.size(-1)
-    x = x.bfloat16()
+    x = x.to(best_dtype(x.device.type))     # bfloat16 is exact enough, where it is not slower
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
