@@ -212,8 +212,9 @@ class HeadLoss(torch.autograd.Function):
             grad = grad.mul_(mask).to(dtype)                                            # (rows, V)
             x_grad[here] = grad @ low_weight                                            # (rows, C)
             weight_grad += grad.T @ x[here]                                             # (V, C)
-        ctx.save_for_backward(x_grad, weight_grad, asked.sum())
-        return total / asked.sum()
+        count = asked.sum().clamp(min=1)
+        ctx.save_for_backward(x_grad, weight_grad, count)
+        return total / count
 
     @staticmethod
     def backward(ctx, grad):

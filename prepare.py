@@ -5,6 +5,7 @@
     python prepare.py tinystories-v2   # the part of it that GPT-4 wrote, and more: 2.2 GB
     python prepare.py instruct         # TinyStories-Instruct: 2.7 GB
     python prepare.py sample-instruct  # the same from the grammar
+    python prepare.py instruct --ood   # data/instruct-ood: no summary together with words in train
     python prepare.py mine --input stories.txt [--valid other.txt]   # your own, in any language
 
 It writes data/<name>/train.bin and val.bin (uint16 token ids; the id of <|endoftext|> follows each
@@ -326,6 +327,20 @@ def clean(story, counts):
     return text.replace("\r\n", "\n").strip("\ufeff \t\r\n")
 
 
+def keep_apart(record, counts):
+    """An instruct record with a summary and words -> the same with only one of them, so that a model
+    which learns from such records never sees both (the paper's TinyStories-Instruct-OOD)."""
+    head, story, text = record.partition("\nStory:")
+    names = re.findall(r"(?m)^(Summary|Words): ", head)
+    if len({*names}) < 2:
+        return record
+    counts["changed: words or summary left out"] += 1
+    name = names[len(text) % 2]
+    others = "|".join(field for field in FIELDS if field != name)       # a summary may have lines
+    head = re.sub(rf"(?ms)^{name}: .*?(?=^(?:{others}): |\Z)", "", head)
+    return head.rstrip("\n") + story + text
+
+
 # --------------------------------------------------------------------------------------- tokenizers
 
 def train_bpe(words, vocab_size):
@@ -459,10 +474,10 @@ def make_tokenizer(kind, vocab_size, path):
 
 # --------------------------------------------------------------------------------------------- main
 
-def encode(paths, encoding, folder, keep_duplicates=False, threads=None, piece=None):
+def encode(paths, encoding, folder, keep_duplicates=False, ood=False, threads=None, piece=None):
     """Write folder/{train,val}.bin.part from {"val": path, "train": path} -> statistics of each
     split, and counts of what was dropped or repaired. Without a path for val, one story in a
-    hundred goes there, chosen by its hash."""
+    hundred goes there, chosen by its hash. ood: see `keep_apart`."""
     stats = {split: {"stories": 0, "tokens": 0, "bytes": 0} for split in ("train", "val")}
     counts, seen = Counter(), {}                        # seen: hash of a story -> its split
     with open(folder / "train.bin.part", "wb") as train, open(folder / "val.bin.part", "wb") as val:
@@ -477,7 +492,8 @@ def encode(paths, encoding, folder, keep_duplicates=False, threads=None, piece=N
                         counts[f"dropped: {why}"] += 1
                         continue
                     seen[key] = target
-                    chosen[target].append(story)
+                    apart = ood and target == "train"
+                    chosen[target].append(keep_apart(story, counts) if apart else story)
                 for target, file in (("train", train), ("val", val)):
                     rows = encoding.encode_ordinary_batch(chosen[target],
                                                           num_threads=threads or os.cpu_count())
@@ -501,9 +517,9 @@ def encode(paths, encoding, folder, keep_duplicates=False, threads=None, piece=N
 def prepare(name, input=None, valid=None, tokenizer=None, vocab_size=None, keep_duplicates=False,
             force=False):
     """Prepare data/<name> -> its folder. What is there with the same settings is left as it is."""
-    folder = HERE / "data" / name
-    kind = tokenizer or ("bpe" if name in SAMPLES else "gpt2")
-    vocab_size = vocab_size or (2_048 if name in SAMPLES else 10_000)
+    folder, base = HERE / "data" / name, name.removesuffix("-ood")
+    kind = tokenizer or ("bpe" if base in SAMPLES else "gpt2")
+    vocab_size = vocab_size or (2_048 if base in SAMPLES else 10_000)
     asked = {"tokenizer": kind, "vocab_size_asked": vocab_size, "keep_duplicates": keep_duplicates}
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -523,15 +539,17 @@ def prepare(name, input=None, valid=None, tokenizer=None, vocab_size=None, keep_
     (folder / "meta.json").unlink(missing_ok=True)
 
     meta, nats = {"dataset": Path(name).name}, None
-    if name in SAMPLES:
-        paths, nats = tell_sample(folder, SAMPLES[name])
+    if base in SAMPLES:
+        paths, nats = tell_sample(folder, SAMPLES[base])
         meta["source"] = "data/grammar.txt"
-    elif name in SOURCES:
-        repo, meta["revision"], files = SOURCES[name]
+    elif base in SOURCES:
+        repo, meta["revision"], files = SOURCES[base]
         meta["source"] = f"https://huggingface.co/datasets/{repo}"
-        paths = {split: folder / file for split, (file, _, _) in files.items()}
+        raw = HERE / "data" / base
+        raw.mkdir(exist_ok=True)
+        paths = {split: raw / file for split, (file, _, _) in files.items()}
         for file, size, sha256 in files.values():
-            download(hub_url(repo, meta["revision"], file), folder / file, size, sha256)
+            download(hub_url(repo, meta["revision"], file), raw / file, size, sha256)
     else:
         paths = {split: Path(path) for split, path in (("val", valid), ("train", input)) if path}
         meta["source"] = "own text"
@@ -540,9 +558,9 @@ def prepare(name, input=None, valid=None, tokenizer=None, vocab_size=None, keep_
 
     ranks = make_tokenizer(kind, vocab_size, paths["train"])
     encoding = as_encoding(ranks)
-    stats, counts = encode(paths, encoding, folder, keep_duplicates)
+    stats, counts = encode(paths, encoding, folder, keep_duplicates, ood=base != name)
     meta |= {**asked, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token, "dtype": "uint16",
-             **stats, "counts": counts}
+             "story_mark": encoding.encode_ordinary("Story:"), **stats, "counts": counts}
     if nats:
         meta["entropy_bound"] = {"nats_per_token": nats / stats["val"]["tokens"],
                                  "bits_per_byte": nats / math.log(2) / stats["val"]["bytes"]}
@@ -576,11 +594,15 @@ def main(argv=None):
     add("--tokenizer", choices=("gpt2", "bpe"), help="GPT-2's, or one learned from the text")
     add("--vocab_size", type=int, help="entries at most (default 10000; the samples: 2048)")
     add("--keep_duplicates", action="store_true", help="keep stories that the raw files repeat")
+    add("--ood", action="store_true", help="instruct records with words or a summary, never both, to "
+        "learn from; validation has both")
     add("--force", action="store_true", help="do it again even if it is there")
     args = parser.parse_args(argv)
-    if args.name in known and (args.input or args.valid):
+    base = args.name.removesuffix("-ood")
+    args.name = base + "-ood" * (args.ood or base != args.name)
+    if base in known and (args.input or args.valid):
         parser.error(f"{args.name} has its own text; choose another name for yours")
-    if args.name not in known and not args.input:
+    if base not in known and not args.input:
         parser.error(f"{args.name!r} is none of {', '.join(known)}; for a text of your own add "
                      "--input FILE")
     for path in (args.input, args.valid):
@@ -589,6 +611,7 @@ def main(argv=None):
     if args.vocab_size is not None and not 257 <= args.vocab_size <= 65_536:
         parser.error("--vocab_size must lie between 257 (the bytes and the end mark) and 65,536 "
                      "(what uint16 holds)")
+    del args.ood                            # the name says it
     try:
         prepare(**vars(args))
     except KeyboardInterrupt:

@@ -4,6 +4,7 @@
     python sample.py out/tiny_8l --prompt "Once upon a time" -n 3 --temperature 0.8
     python sample.py out/tiny_8l --prompt -                         # you begin, it goes on
     python sample.py out/tiny_1l out/tiny_8l --prompt "Tom was sad"     # a table in Markdown
+    python sample.py out/instruct_8l --words "quit, oak, gloomy" --features Dialogue,BadEnding
 """
 
 import argparse
@@ -15,6 +16,8 @@ import torch
 
 import prepare
 from model import GPT, GPTConfig, best_dtype
+
+FEATURES = ("Dialogue", "BadEnding", "MoralValue", "Twist", "Foreshadowing", "Conflict")
 
 
 def load_run(path, device="auto", dtype=None):
@@ -49,6 +52,13 @@ def encode_prompt(tokenizer, prompt, block_size):
     return ids
 
 
+def instructions(**fields):
+    """Texts by the name of their field in TinyStories-Instruct -> a prompt that asks for a story;
+    the model itself writes the blank lines before it."""
+    lines = [f"{name}: {text}" for name, text in fields.items() if text]
+    return "\n".join([*lines, "Story:"]) if lines else ""
+
+
 def write(model, tokenizer, prompt, **how):
     """Print one story as it is written. A character may need several tokens: it waits for all."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -73,6 +83,11 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", help="folders of runs, or checkpoint files")
     parser.add_argument("--prompt", action="append", help="how the story begins; "
                         "-: ask me; more than one can be given (default: the model begins)")
+    parser.add_argument("--words", help="of a model that has learned from instructions: words that "
+                        "the story must hold")
+    parser.add_argument("--features", help="what it must have, of " + ", ".join(FEATURES))
+    parser.add_argument("--summary", help="what happens in it")
+    parser.add_argument("--sentence", help="a sentence that must stand in it")
     parser.add_argument("-n", "--num_samples", type=int, default=1, help="stories for each prompt")
     parser.add_argument("--max_new_tokens", type=int, default=400)
     parser.add_argument("--temperature", type=float, default=0.8,
@@ -84,7 +99,15 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="the same seed tells the same story")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     args = parser.parse_args(argv)
-    prompts = args.prompt or [""]
+    features, words = ([part.strip() for part in (text or "").split(",") if part.strip()]
+                       for text in (args.features, args.words))
+    header = instructions(**{"Features": ", ".join(features), "Words": ", ".join(words),
+                             "Summary": args.summary, "Random sentence": args.sentence})
+    prompts = args.prompt or [header]
+    if args.prompt and header:
+        parser.error("a story begins with a --prompt or with instructions, not with both")
+    if unknown := {*features} - {*FEATURES}:
+        parser.error(f"--features does not know {unknown.pop()}; it knows {', '.join(FEATURES)}")
     if args.num_samples < 1 or args.max_new_tokens < 1:
         parser.error("-n and --max_new_tokens must be 1 or more")
     if args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:

@@ -164,6 +164,25 @@ def test_a_pruned_bpe_still_spells_everything(stories):
     assert everything.encode_ordinary(text) == full.encode_ordinary(text)
 
 
+def test_a_summary_and_words_are_kept_apart(stories):
+    counts, both = Counter(), 0
+    for story in stories[:400]:
+        record = story.record()
+        apart = prepare.keep_apart(record, counts)
+        fields, left = (re.findall(r"(?m)^(Features|Words|Summary|Random sentence): ", text)
+                        for text in (record, apart))
+        assert len({"Words", "Summary"} & {*left}) < 2 and apart.endswith(story.text)
+        gone = {*fields} - {*left}
+        both += bool(gone)
+        assert [name for name in fields if name not in gone] == left
+        assert gone <= {"Words", "Summary"} and bool(gone) == ({"Words", "Summary"} <= {*fields})
+        assert set(apart.split("\n")) <= set(record.split("\n"))
+    assert counts.total() == both > 50
+    long = "Words: a, b, c\nSummary: One line.\nAnd more.\nStory: \n\nSummary: no.\nHe sat"
+    assert prepare.keep_apart(long, counts) in (
+        long.replace("Words: a, b, c\n", ""), long.replace("Summary: One line.\nAnd more.\n", ""))
+
+
 # ------------------------------------------------------------------------------ from text to tokens
 
 RAW = ("Onçe upon 雪.\r\nYes.\n<|endoftext|>\nTwo â€œwordsâ€\x9d.\n<|endoftext|>\n \n"
@@ -518,6 +537,27 @@ def test_an_epoch_reads_each_token_once(tmp_path):
     assert torch.equal(torch.cat(parts), whole)
 
 
+def test_only_what_belongs_to_a_story_is_asked(tmp_path):
+    rng, eot, mark = np.random.default_rng(0), 9, (7, 8)
+    ids, story = [], []
+    for _ in range(40):                     # a head of 1s, the mark, a story of 2s, the end mark
+        head, body = rng.integers(0, 6, 2)
+        ids += [1] * head + [7, 8] + [2] * body + [eot]
+        story += [0] * (head + 2) + [1] * (body + 1)
+    asked = np.where(story, ids, -1)
+    assert train.targets(np.array(ids), eot, mark).tolist() == asked[1:].tolist()
+    assert train.targets(np.array(ids), eot, ()).tolist() == ids[1:]
+    np.array(ids, np.uint16).tofile(tmp_path / "train.bin")
+    x, y = train.get_batch(tmp_path / "train.bin", 16, range(12), 3, eot, mark)
+    plain_x, plain_y = train.get_batch(tmp_path / "train.bin", 16, range(12), 3)
+    assert torch.equal(x, plain_x) and torch.equal(y[y >= 0], plain_y[y >= 0])
+    text = " ".join(map(str, ids))
+    for row, wanted in zip(plain_x.tolist(), y.tolist()):       # whatever its window cuts off
+        at = [len(text[:match.start()].split()) for match in
+              re.finditer(f"(?={' '.join(map(str, row))} )", text)]
+        assert any(asked[i + 1:i + 17].tolist() == wanted for i in at)
+
+
 def test_validation_reads_stories_from_their_beginning(data):
     meta = json.loads((data / "meta.json").read_text())
     windows, whole = train.validation(data / "val.bin", meta, 64, 0, 4)
@@ -534,10 +574,10 @@ def test_validation_reads_stories_from_their_beginning(data):
 def test_a_stop_changes_nothing(data, tmp_path, straight, monkeypatch):
     step_of = train.get_batch
 
-    def stop_at_7(path, T, rows, seed):
+    def stop_at_7(path, T, rows, *how):
         if rows[0] == 7 * 8 and not hasattr(stop_at_7, "sent"):
             stop_at_7.sent = os.kill(os.getpid(), signal.SIGINT)
-        return step_of(path, T, rows, seed)
+        return step_of(path, T, rows, *how)
 
     monkeypatch.setattr(train, "get_batch", stop_at_7)
     with pytest.raises(SystemExit) as stopped:
@@ -555,10 +595,10 @@ def test_a_kill_loses_only_what_came_after_the_last_checkpoint(data, tmp_path, s
                                                                monkeypatch):
     step_of = train.get_batch
 
-    def die_at_9(path, T, rows, seed):
+    def die_at_9(path, T, rows, *how):
         if rows[0] == 9 * 8:
             raise MemoryError
-        return step_of(path, T, rows, seed)
+        return step_of(path, T, rows, *how)
 
     monkeypatch.setattr(train, "get_batch", die_at_9)
     with pytest.raises(MemoryError):
@@ -579,6 +619,30 @@ def test_micro_batches_are_only_a_matter_of_memory(data, tmp_path, straight):
     train.train(settings(data, tmp_path, "--micro_batch=2"))
     for row, other in zip(result(tmp_path)[1], straight[1]):
         assert float(row[1] or 0) == pytest.approx(float(other[1] or 0), rel=1e-4)
+
+
+def test_instructions_are_not_learned_where_only_the_story_counts(stories, tmp_path):
+    texts = [story.record() for story in stories[:300]]
+    (tmp_path / "t.txt").write_text("\n<|endoftext|>\n".join(texts))
+    script("prepare.py", tmp_path / "set", "--input", tmp_path / "t.txt", "--tokenizer", "bpe",
+           "--vocab_size", "400", "--ood", check=0)
+    logs = []
+    for micro in ("0", "2"):
+        train.train(settings(tmp_path / "set-ood", tmp_path / micro, "--story_only=True",
+                             f"--micro_batch={micro}", "--block_size=64", "--batch_tokens=512"))
+        logs.append([float(row[1] or 0) for row in result(tmp_path / micro)[1]])
+    assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+    meta = json.loads((tmp_path / "set-ood" / "meta.json").read_text())
+    assert meta["counts"]["changed: words or summary left out"] > 20
+    windows, whole = train.validation(tmp_path / "set-ood" / "val.bin", meta, 512, 0, 4,
+                                      meta["story_mark"])
+    tokenizer = prepare.load_tokenizer(tmp_path / "set-ood")
+    for x, y in zip(*map(torch.cat, zip(*windows))) if len(windows) > 1 else []:
+        assert "Words:" not in tokenizer.decode(y[y >= 0].tolist())
+    bits = train.bits_per_byte(whole, tokenizer)
+    told = [tokenizer.decode(row[row >= 0].tolist()[:-1]) for _, y in whole for row in y]
+    size, count = sum(len(text.encode()) for text in told), sum(len(y[y >= 0]) for _, y in whole)
+    assert bits == pytest.approx(count / size / math.log(2)) and "Words:" not in "".join(told)
 
 
 def test_two_processes_learn_the_same(data, tmp_path, straight):
@@ -957,6 +1021,8 @@ def test_from_stories_to_a_story(data, tmp_path):
     assert several.count("-" * 40) == 3
     table = script("sample.py", moved, moved / "ckpt_000006.pt", "--prompt", "A", check=0).stdout
     assert [line.count(" | ") for line in table.strip().split("\n")] == [2, 2, 2]
+    asked = script("sample.py", moved, "--words", "quit,oak", "--features", "Dialogue", check=0)
+    assert asked.stdout.startswith("Features: Dialogue\nWords: quit, oak\nStory:")
     talk = script("sample.py", moved, "--prompt", "-", "--max_new_tokens", "3", check=0,
                   input="Hello\nTwo\n\n")
     assert talk.stdout.startswith("Hello") and "\nTwo" in talk.stdout
@@ -983,7 +1049,9 @@ def test_the_speed_table_has_a_row_for_each_contestant(monkeypatch, capsys):
     (["train.py", "--dataset=nowhere"], 1, "prepare.py nowhere --input"),
     (["train.py", "--max_step=3"], 2, "max_steps"),
     (["sample.py", "out/none"], 1, "train.py config/demo.py"),
-    (["sample.py", "x", "--temperature", "-1"], 2, "negative"), (["sample.py"], 2, "usage")])
+    (["sample.py", "x", "--temperature", "-1"], 2, "negative"), (["sample.py"], 2, "usage"),
+    (["sample.py", "x", "--features", "Dialogue, Magic"], 2, "does not know Magic"),
+    (["sample.py", "x", "--words", "a, b", "--prompt", "Tom"], 2, "not with both")])
 def test_a_mistake_gets_one_sentence(command, code, says, tmp_path):
     done = script(*command, cwd=tmp_path, check=code)
     assert says in done.stderr

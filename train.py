@@ -38,6 +38,7 @@ from model import GPT, GPTConfig, best_dtype
 class Settings:
     # what to learn from, and where to keep what was learned
     dataset: str = "tinystories"    # a name under data/, or the path of a prepared folder
+    story_only: bool = False        # learn to write stories, but not the instructions before them
     out_dir: str = ""               # default: out/<name of the config>
     # the model (see model.py)
     n_layer: int = 8
@@ -172,7 +173,7 @@ def find_data(dataset):
     named = prepare.HERE / "data" / dataset         # a path that is absolute stays what it is
     folder = named if named.is_dir() or not Path(dataset).is_dir() else Path(dataset)
     if not (folder / "meta.json").is_file():
-        if dataset not in prepare.SAMPLES and dataset not in prepare.SOURCES:
+        if dataset.removesuffix("-ood") not in {**prepare.SAMPLES, **prepare.SOURCES}:
             raise SystemExit(f"There is no prepared data set {dataset!r}. Make it: "
                              f"python prepare.py {dataset} --input STORIES.txt")
         print(f"Preparing {dataset} first (python prepare.py {dataset}):")
@@ -193,40 +194,64 @@ def epoch_order(windows, block_size, seed, epoch):
     return int(rng.integers(block_size)), rng.permutation(windows)
 
 
-def get_batch(path, block_size, rows, seed):
+def targets(ids, eot, mark):
+    """The token that follows each of ids (N,), but -1 where it is not part of a story -> (N - 1,).
+    A story begins after the ids `mark` and ends with the id `eot`; without a mark, all is story."""
+    if not mark:
+        return ids[1:]
+    place = np.arange(len(ids) - 1)                     # of the last mark, and of the last end
+    marked = np.all([ids[i:len(ids) - len(mark) + i] == token for i, token in enumerate(mark)], 0)
+    marked = np.pad(marked, (len(mark) - 1, 0))         # where a mark is complete
+    began, ended = (np.maximum.accumulate(np.where(here, place, -1))
+                    for here in (marked, ids[:-1] == eot))
+    return np.where(began > ended, ids[1:], -1)
+
+
+def get_batch(path, block_size, rows, seed, eot=0, mark=()):
     """The windows of the token stream that have the numbers `rows`, counted from the start of
-    training -> x, y (len(rows), block_size) int64; y is x one token later. An epoch shuffles the
-    windows and moves their edges; within it each token is a target once, but for up to two
-    windows at the ends. A function of its arguments alone: a resumed run needs nothing else."""
+    training -> x, y (len(rows), block_size) int64; y is x one token later (see `targets`). An epoch
+    shuffles the windows and moves their edges; within it each token is a target once, but for up to
+    two windows at the ends. A function of its arguments alone: a resumed run needs nothing else."""
     data = np.memmap(path, dtype=np.uint16, mode="r")   # opened anew: its pages are let go again
     windows = len(data) // block_size - 1
-    both = np.empty((len(rows), block_size + 1), dtype=np.int64)
-    for out, row in zip(both, rows):
+    x, y = np.empty((2, len(rows), block_size), dtype=np.int64)
+    for i, row in enumerate(rows):
         offset, order = epoch_order(windows, block_size, seed, row // windows)
         start = offset + int(order[row % windows]) * block_size
-        out[:] = data[start:start + block_size + 1]
-    both = torch.from_numpy(both)
-    return both[:, :-1], both[:, 1:]
+        back = min(start, block_size) if mark else 0    # what began before the window?
+        ids = data[start - back:start + block_size + 1].astype(np.int64)
+        x[i], y[i] = ids[back:-1], targets(ids, eot, mark)[back:]
+    return torch.from_numpy(x), torch.from_numpy(y)
 
 
-def validation(path, meta, block_size, eval_tokens, rows):
+def validation(path, meta, block_size, eval_tokens, rows, mark=()):
     """Two views of the same validation text, each a list of batches x, y of at most `rows` rows:
     windows of the stream, which can be compared with other runs; and whole stories, each read
     from its own beginning (cut at block_size), as it is when one is told."""
     data = np.fromfile(path, dtype=np.uint16, count=eval_tokens + 1 if eval_tokens else -1)
-    data = torch.from_numpy(data.astype(np.int64))
+    data, eot = data.astype(np.int64), meta["eot"]
     n = (len(data) - 1) // block_size * block_size
-    x, y = data[:n].view(-1, block_size), data[1:n + 1].view(-1, block_size)
+    x, y = (torch.from_numpy(ids[:n]).view(-1, block_size)
+            for ids in (data, targets(data, eot, mark)))
     windows = list(zip(x.split(rows), y.split(rows)))
-    ends = (data == meta["eot"]).nonzero().flatten() + 1
-    stories = [nn.functional.pad(story, (1, 0), value=meta["eot"])[:block_size + 1]
-               for story in data[:ends[-1] if len(ends) else 0].tensor_split(ends[:-1])]
+    stories = np.split(data, np.flatnonzero(data == eot) + 1)[:-1]
+    stories = [np.append(eot, story)[:block_size + 1] for story in stories]
     stories.sort(key=len)                           # like lengths together: little padding
     whole = []
     for i in range(0, len(stories), rows):
-        batch = nn.utils.rnn.pad_sequence(stories[i:i + rows], batch_first=True, padding_value=-1)
-        whole.append((batch[:, :-1].clamp(min=0), batch[:, 1:]))
+        pairs = [(story[:-1], targets(story, eot, mark)) for story in stories[i:i + rows]]
+        x, y = (nn.utils.rnn.pad_sequence([*map(torch.from_numpy, column)], batch_first=True,
+                                          padding_value=-1) for column in zip(*pairs))
+        whole.append((x.clamp(min=0), y))
     return windows, whole
+
+
+def bits_per_byte(batches, tokenizer):
+    """What turns nats per token of these batches of x, y into bits per byte of their text."""
+    asked = torch.cat([y[y >= 0] for _, y in batches]).tolist()
+    text = sum(len(tokenizer.decode_single_token_bytes(i)) for i in asked
+               if i != tokenizer.eot_token)
+    return len(asked) / max(text, 1) / math.log(2)
 
 
 @torch.no_grad()
@@ -238,7 +263,7 @@ def evaluate(model, batches, device, autocast):
         with autocast():
             loss = model(x.to(device), y.to(device))[1]
         n = int((y >= 0).sum())
-        total, count = total + loss.double().cpu().item() * n, count + n
+        total, count = total + (loss.item() * n if n else 0.0), count + n
     model.train()
     return total / max(count, 1)
 
@@ -368,7 +393,7 @@ def write_log(path, rows):
         writer.writerows(rows)
 
 
-def draw_loss(folder):
+def draw_loss(folder, bound=None):
     """log.csv -> loss.png, with the entropy of the grammar where we know it."""
     import matplotlib
     matplotlib.use("Agg")
@@ -379,9 +404,8 @@ def draw_loss(folder):
         points = [(int(row["tokens"]), float(row[column])) for row in rows if row[column]]
         if points:
             axes.plot(*zip(*points), style, label=column.replace("_", " "), markersize=4)
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    if "entropy_bound" in meta:
-        axes.axhline(meta["entropy_bound"]["nats_per_token"], color="gray", linestyle=":",
+    if bound:
+        axes.axhline(bound, color="gray", linestyle=":",
                      label="the grammar's own entropy (whole stories)")
     axes.set(xlabel="tokens", ylabel="nats per token", title=folder.name)
     if len(rows) > 20:                              # what is of interest lies below the first fall
@@ -490,10 +514,15 @@ def train(settings):
         f"{settings.max_steps * tokens_per_step / meta['train']['tokens']:.2f} epochs; "
         f"{device.type}, {str(dtype)[6:]}{', compiled' if compiled else ''}"
         + (f"; going on from step {step:,}" if step else ""))
-    windows, stories = validation(data / "val.bin", meta, T, settings.eval_tokens, min(micro, 16)) \
-        if rank == 0 else (None, None)
-    bits = meta["val"]["tokens"] / meta["val"]["bytes"] / math.log(2)   # nats/token -> bits/byte
+    mark = meta.get("story_mark", (-1,)) if settings.story_only else ()
+    windows, stories = validation(data / "val.bin", meta, T, settings.eval_tokens, min(micro, 16),
+                                  mark)
+    if not any((y >= 0).any() for _, y in windows):
+        raise SystemExit(f"{data} has no instructions (nothing stands after a line that begins with "
+                         "Story:), so story_only has nothing to count.")
     tokenizer = prepare.load_tokenizer(data)
+    bits = bits_per_byte(windows, tokenizer)
+    bound = None if settings.story_only else meta.get("entropy_bound", {}).get("nats_per_token")
 
     signals = []
 
@@ -538,7 +567,7 @@ def train(settings):
                               for view in (windows, stories))
                 row |= {"val_loss": val, "val_bpb": val * bits}
                 say(f"step {step:>6,} | validation {val:.4f} nats per token, {val * bits:.4f} bits "
-                    f"per byte | whole stories {whole:.4f} nats per token" + against(meta, whole))
+                    f"per byte | whole stories {whole:.4f} nats per token" + against(whole, bound))
                 ids = model.generate([[meta["eot"]]], 60, 0.8, stop=meta["eot"])[0]
                 say("    " + " ".join(tokenizer.decode(ids).split()) + " ...")
             if rank == 0 and (due_log or due_eval):
@@ -547,7 +576,7 @@ def train(settings):
                 log.append(row)
                 write_log(folder / "log.csv", log)
                 if due_eval:
-                    draw_loss(folder)
+                    draw_loss(folder, bound)
             if rank == 0 and (due_save or stop):
                 weights = {"model": model.state_dict(), "model_config": asdict(model.config),
                            "settings": asdict(settings), "step": step, "meta": meta}
@@ -566,14 +595,17 @@ def train(settings):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * lr_share(settings, step)
-        mine = range(step * rows + rank * rows // world, step * rows + (rank + 1) * rows // world)
-        for i in range(0, len(mine), micro):
-            x, y = get_batch(data / "train.bin", T, mine[i:i + micro], settings.seed)
+        batch = get_batch(data / "train.bin", T, range(step * rows, (step + 1) * rows),
+                          settings.seed, meta["eot"], mark)             # of all ranks
+        asked = int((batch[1] >= 0).sum())
+        for i in range(rank * rows // world, (rank + 1) * rows // world, micro):
+            x, y = (ids[i:i + micro] for ids in batch)
+            share = world * int((y >= 0).sum()) / max(asked, 1)
             if device.type == "cuda":
                 x, y = x.pin_memory(), y.pin_memory()
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             with autocast():
-                loss = loss_of(x, y) * (micro / len(mine))
+                loss = loss_of(x, y) * share
             scaler.scale(loss).backward()
             loss_sum += loss.detach()
         if world > 1:
@@ -619,12 +651,9 @@ def agree(signals, device):
     return [int(seen)] if seen else []
 
 
-def against(meta, whole):
+def against(whole, bound):
     """How far a loss on whole stories is from the best that any model can do, where we know it."""
-    if "entropy_bound" not in meta:
-        return ""
-    bound = meta["entropy_bound"]["nats_per_token"]
-    return f" ({whole / bound - 1:+.1%} against the grammar's own {bound:.4f})"
+    return f" ({whole / bound - 1:+.1%} against the grammar's own {bound:.4f})" if bound else ""
 
 
 def main():
