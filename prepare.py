@@ -62,6 +62,21 @@ SAMPLES = {"sample": False, "sample-instruct": True}    # by the grammar; True: 
 SAMPLE_STORIES = {"val": 1_000, "train": 30_000}
 
 
+def write_whole(path, write):
+    """Write a file whole or not at all: write(file) fills a temporary one, which then takes its
+    place. Whatever goes wrong, what was there before stays."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
 # ---------------------------------------------------------------------------- the grammar's stories
 
 SUFFIXES = ("s", "ed", "ing")       # appended where an entry names no form of its own
@@ -487,10 +502,11 @@ def encode(paths, encoding, folder, keep_duplicates=False, ood=False, threads=No
                 for story in stories:
                     key = int(hashlib.blake2b(story.encode(), digest_size=8).hexdigest(), 16)
                     target = "val" if "val" not in paths and key % 100 == 0 else split
-                    if split == "train" and key in seen and not keep_duplicates:
+                    if split == "train" and key in seen:
                         why = "repeated" if seen[key] == target else "also in validation"
-                        counts[f"dropped: {why}"] += 1
-                        continue
+                        counts[f"{'kept' if keep_duplicates else 'dropped'}: {why}"] += 1
+                        if not keep_duplicates:
+                            continue
                     seen[key] = target
                     apart = ood and target == "train"
                     chosen[target].append(keep_apart(story, counts) if apart else story)
@@ -568,8 +584,7 @@ def prepare(name, input=None, valid=None, tokenizer=None, vocab_size=None, keep_
     (folder / "tokenizer.tiktoken").write_bytes(b"".join(lines))
     for split in ("train", "val"):
         os.replace(folder / f"{split}.bin.part", folder / f"{split}.bin")
-    (folder / "meta.json.part").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-    os.replace(folder / "meta.json.part", folder / "meta.json")
+    write_whole(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
 
     for split, found in stats.items():
         print(f"{split:5}  " + ", ".join(f"{n:,} {what}" for what, n in found.items()))
@@ -615,8 +630,9 @@ def main(argv=None):
     try:
         prepare(**vars(args))
     except KeyboardInterrupt:
-        raise SystemExit("\nStopped. The same command goes on (a download where it was, the rest "
-                         "from its start).")
+        print("\nStopped. The same command goes on (a download where it was, the rest from its "
+              "start).", file=sys.stderr)
+        raise SystemExit(130)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise SystemExit(f"Cannot read or write a file: {error}.")

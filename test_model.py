@@ -622,7 +622,7 @@ def test_micro_batches_are_only_a_matter_of_memory(data, tmp_path, straight):
 
 
 def test_instructions_are_not_learned_where_only_the_story_counts(stories, tmp_path):
-    texts = [story.record() for story in stories[:300]]
+    texts = [story.record() for story in stories[:800]]
     (tmp_path / "t.txt").write_text("\n<|endoftext|>\n".join(texts))
     script("prepare.py", tmp_path / "set", "--input", tmp_path / "t.txt", "--tokenizer", "bpe",
            "--vocab_size", "400", "--ood", check=0)
@@ -637,8 +637,7 @@ def test_instructions_are_not_learned_where_only_the_story_counts(stories, tmp_p
     windows, whole = train.validation(tmp_path / "set-ood" / "val.bin", meta, 512, 0, 4,
                                       meta["story_mark"])
     tokenizer = prepare.load_tokenizer(tmp_path / "set-ood")
-    for x, y in zip(*map(torch.cat, zip(*windows))) if len(windows) > 1 else []:
-        assert "Words:" not in tokenizer.decode(y[y >= 0].tolist())
+    assert not any("Words:" in tokenizer.decode(y[y >= 0].tolist()) for _, y in windows)
     bits = train.bits_per_byte(whole, tokenizer)
     told = [tokenizer.decode(row[row >= 0].tolist()[:-1]) for _, y in whole for row in y]
     size, count = sum(len(text.encode()) for text in told), sum(len(y[y >= 0]) for _, y in whole)

@@ -14,6 +14,7 @@ import ctypes
 import difflib
 import functools
 import inspect
+import io
 import json
 import math
 import os
@@ -178,12 +179,22 @@ def find_data(dataset):
                              f"python prepare.py {dataset} --input STORIES.txt")
         print(f"Preparing {dataset} first (python prepare.py {dataset}):")
         prepare.main([dataset])
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    for split in ("train", "val"):
-        path, expected = folder / f"{split}.bin", 2 * meta[split]["tokens"]
-        if not path.is_file() or path.stat().st_size != expected:
-            raise SystemExit(f"{path} does not hold the {expected:,} bytes that its meta.json "
-                             f"names. Make it anew: python prepare.py {dataset} --force")
+    anew = f"Make it anew: python prepare.py {dataset} --force"
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        sizes = {split: 2 * meta[split]["tokens"] for split in ("train", "val")}
+        entries = meta["vocab_size"], prepare.load_tokenizer(folder).n_vocab
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"{folder} is damaged ({type(error).__name__}: {error}). {anew}")
+    for split, size in sizes.items():
+        path = folder / f"{split}.bin"
+        if not path.is_file() or path.stat().st_size != size or not size:
+            raise SystemExit(f"{path} does not hold the {size:,} bytes that its meta.json names. "
+                             + anew)
+        largest = int(np.memmap(path, np.uint16, "r").max())
+        if largest >= min(entries):
+            raise SystemExit(f"{path} holds the id {largest}, but the vocabulary of its meta.json "
+                             f"has {entries[0]} entries, and its tokenizer {entries[1]}. {anew}")
     return folder, meta
 
 
@@ -231,6 +242,10 @@ def validation(path, meta, block_size, eval_tokens, rows, mark=()):
     data = np.fromfile(path, dtype=np.uint16, count=eval_tokens + 1 if eval_tokens else -1)
     data, eot = data.astype(np.int64), meta["eot"]
     n = (len(data) - 1) // block_size * block_size
+    if n <= 0:
+        raise SystemExit(f"{path}: {len(data)} tokens of it are read, and a window takes "
+                         f"{block_size + 1}. Give prepare.py more text with --valid, or lower "
+                         "--block_size, or raise --eval_tokens.")
     x, y = (torch.from_numpy(ids[:n]).view(-1, block_size)
             for ids in (data, targets(data, eot, mark)))
     windows = list(zip(x.split(rows), y.split(rows)))
@@ -265,7 +280,7 @@ def evaluate(model, batches, device, autocast):
         n = int((y >= 0).sum())
         total, count = total + (loss.item() * n if n else 0.0), count + n
     model.train()
-    return total / max(count, 1)
+    return total / count if count else math.nan
 
 
 # --------------------------------------------------------------------------------------- machine
@@ -278,10 +293,29 @@ def choose_device(settings, local_rank):
     if name == "cuda" and not torch.cuda.is_available():
         raise SystemExit("device is cuda, but torch sees no CUDA device. Use --device=auto, or "
                          "install the torch build that fits your driver (pytorch.org).")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise SystemExit("device is mps, but torch sees no Apple GPU. Use --device=auto.")
+    device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+    try:
+        torch.ones(1, device=device).add_(1)
+    except RuntimeError as error:                       # "no kernel image is available ..."
+        raise SystemExit(f"{device} cannot be used with torch {torch.__version__} ("
+                         f"{str(error).splitlines()[0][:120]}). Use --device=cpu, or install the "
+                         "torch build that fits your GPU and driver (pytorch.org).")
     if name == "cuda":
-        torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank)
-    return torch.device(name)
+        torch.cuda.set_device(device)
+    return device
+
+
+def can_compile(device):
+    """Whether torch.compile works here. It needs a C++ compiler, and Triton on a GPU."""
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
+        return True
+    except Exception as error:                          # each part of it fails in its own way
+        print(f"torch.compile does not work here ({type(error).__name__}); going on without it. "
+              "--compile=False says so from the start.", file=sys.stderr)
+        return False
 
 
 def keep_memory():
@@ -359,21 +393,16 @@ def lr_share(settings, step):
 
 # ---------------------------------------------------------------------------------- what is kept
 
-def save(path, content):
-    """Write a checkpoint whole or not at all."""
-    part = Path(f"{path}.part")
+def keep(path, write):
+    """Write a file of a run -> whether it could be written (whole, or not at all): a full disk does
+    not stop the training, which tries again the next time."""
     try:
-        with open(part, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        prepare.write_whole(path, write)
         return True
     except (OSError, RuntimeError) as error:        # torch words a full disk as a RuntimeError
-        part.unlink(missing_ok=True)
-        free = shutil.disk_usage(part.parent).free / 1e6
-        print(f"Could not save {path} ({str(error)[:80]}; {free:,.0f} MB free). "
-              "The checkpoint before it stays.", file=sys.stderr)
+        free = shutil.disk_usage(path.parent).free / 1e6
+        print(f"Could not write {path} ({str(error).splitlines()[0][:80]}; {free:,.0f} MB are free)"
+              ". What was there before stays; the next time it is tried again.", file=sys.stderr)
         return False
 
 
@@ -387,10 +416,11 @@ def read_log(path):
 
 
 def write_log(path, rows):
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerows(rows)
+    return keep(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def draw_loss(folder, bound=None):
@@ -413,7 +443,7 @@ def draw_loss(folder, bound=None):
         axes.set_ylim(0, 1.1 * max(early))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(folder / "loss.png", dpi=120)
+    keep(folder / "loss.png", lambda file: figure.savefig(file, dpi=120))
     plt.close(figure)
 
 
@@ -506,6 +536,7 @@ def train(settings):
         for name in ("tokenizer.tiktoken", "meta.json"):
             shutil.copyfile(data / name, folder / name)
     compiled = device.type == "cuda" if settings.compile is None else settings.compile
+    compiled = compiled and can_compile(device)
     loss_of = torch.compile(model.loss) if compiled else model.loss
 
     tokens_per_step, flops = rows * T, model.flops_per_token()
@@ -514,6 +545,8 @@ def train(settings):
         f"{settings.max_steps * tokens_per_step / meta['train']['tokens']:.2f} epochs; "
         f"{device.type}, {str(dtype)[6:]}{', compiled' if compiled else ''}"
         + (f"; going on from step {step:,}" if step else ""))
+    if twins := meta.get("counts", {}).get("kept: also in validation"):
+        say(f"{twins:,} stories of the training text stand in validation, too: its loss flatters.")
     mark = meta.get("story_mark", (-1,)) if settings.story_only else ()
     windows, stories = validation(data / "val.bin", meta, T, settings.eval_tokens, min(micro, 16),
                                   mark)
@@ -547,7 +580,8 @@ def train(settings):
                 loss_sum /= world
             loss, lr = loss_sum.item() / max(loss_steps, 1), settings.learning_rate * lr_share(
                 settings, max(step - 1, 0))             # reading the loss waits for the device
-            if not math.isfinite(loss):
+            length = 0.0 if norm is None or scaler.is_enabled() else float(norm)    # or skipped
+            if not math.isfinite(loss + length):
                 raise SystemExit(f"The loss is {loss} at step {step} (learning rate {lr:.2e}, "
                                  f"gradient norm {float(norm):.2e}). The checkpoint before it "
                                  "stays. Try a smaller --learning_rate or more --warmup_steps.")
@@ -580,12 +614,13 @@ def train(settings):
             if rank == 0 and (due_save or stop):
                 weights = {"model": model.state_dict(), "model_config": asdict(model.config),
                            "settings": asdict(settings), "step": step, "meta": meta}
-                saved = save(folder / "ckpt.pt", weights | {
+                whole = weights | {
                     "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                     "scaler": scaler.state_dict(), "seconds": seconds,
-                    "loss_sum": loss_sum, "loss_steps": loss_steps})
+                    "loss_sum": loss_sum, "loss_steps": loss_steps}
+                saved = keep(folder / "ckpt.pt", functools.partial(torch.save, whole))
                 if settings.keep_checkpoints:
-                    save(folder / f"ckpt_{step:06}.pt", weights)
+                    keep(folder / f"ckpt_{step:06}.pt", functools.partial(torch.save, weights))
             clock, clock_step = time.time(), step
         if last or stop:
             break
@@ -657,10 +692,26 @@ def against(whole, bound):
 
 
 def main():
+    for stream in (sys.stdout, sys.stderr):         # a console that lacks a character shows a ?
+        stream.reconfigure(errors="replace")
     if "-h" in sys.argv or "--help" in sys.argv:
         print(__doc__ + "\n" + inspect.getsource(Settings))
         return
-    train(load_config(sys.argv[1:]))
+    settings = load_config(sys.argv[1:])
+    try:
+        train(settings)
+    except KeyboardInterrupt:                       # before the first step, or after the last
+        print("\nStopped. The same command goes on.", file=sys.stderr)
+        raise SystemExit(130)
+    except BrokenPipeError:                         # | head
+        os._exit(141)
+    except OSError as error:
+        raise SystemExit(f"Cannot read or write {error.filename}: {error.strerror}.")
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate" not in str(error):
+            raise
+        raise SystemExit(f"The memory does not suffice ({str(error).splitlines()[0][:100]}). Lower "
+                         "--micro_batch (rows at a time): it does not change the result.")
 
 
 if __name__ == "__main__":
