@@ -3,9 +3,11 @@ minute, on a CPU and without a network. The tests ask for properties through few
 the inside can be rewritten."""
 
 import argparse
+import contextlib
 import http.server
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -498,12 +500,15 @@ def data(tmp_path_factory, stories):
     return folder / "set"
 
 
+def small(data, out, *changes):
+    return [f"--dataset={data}", f"--out_dir={out}", "--n_layer=2", "--n_head=2", "--n_embd=32",
+            "--block_size=32", "--batch_tokens=256", "--max_steps=12", "--warmup_steps=3",
+            "--log_interval=4", "--eval_interval=6", "--eval_tokens=640", "--save_interval=5",
+            "--device=cpu", "--compile=False", "--dtype=float32", *changes]
+
+
 def settings(data, out, *changes):
-    return train.load_config([f"--dataset={data}", f"--out_dir={out}", "--n_layer=2", "--n_head=2",
-                              "--n_embd=32", "--block_size=32", "--batch_tokens=256",
-                              "--max_steps=12", "--warmup_steps=3", "--log_interval=4",
-                              "--eval_interval=6", "--eval_tokens=640", "--save_interval=5",
-                              "--device=cpu", "--compile=False", "--dtype=float32", *changes])
+    return train.load_config(small(data, out, *changes))
 
 
 def result(out):
@@ -608,6 +613,48 @@ def test_a_kill_loses_only_what_came_after_the_last_checkpoint(data, tmp_path, s
     assert same(result(tmp_path), straight)
 
 
+ROUNDS = 20 if os.environ.get("CI") else 3          # of being killed
+
+
+def quietly(function, *arguments):
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), \
+            contextlib.redirect_stderr(nowhere):
+        function(*arguments)
+
+
+def interrupt(numbers, longest, folder, finished, function, *arguments):
+    """Call a function in a process of its own, send it one of the signals after a random while, and
+    call it again, as long as it takes to hit it ROUNDS times. Whenever it comes to its end, what is
+    `finished` in its folder must be what it was the last time."""
+    context, rng, hits, ends = multiprocessing.get_context("forkserver"), random.Random(), 0, []
+    context.set_forkserver_preload(["train", "pytest", "torch._dynamo"])
+    while hits < ROUNDS or not ends:
+        process = context.Process(target=quietly, args=(function, *arguments))
+        process.start()
+        process.join(rng.uniform(0, longest) if hits < ROUNDS else None)
+        if process.is_alive():
+            number = rng.choice(numbers)
+            os.kill(process.pid, number)
+            process.join()
+            assert process.exitcode in (0, -number, 128 + number), process.exitcode
+            hits += 1
+        else:
+            assert process.exitcode == 0
+            ends.append(finished(folder))
+            assert same(ends[0], ends[-1]), folder
+            shutil.rmtree(folder)
+    return ends[0]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows knows none of these signals")
+def test_training_may_be_killed_at_any_moment(data, tmp_path):
+    changes = ["--max_steps=60", "--batch_tokens=1024", "--save_interval=3", "--eval_interval=20"]
+    train.train(settings(data, tmp_path / "calm", *changes))
+    killed = interrupt((signal.SIGKILL, signal.SIGTERM, signal.SIGINT), 2.0, tmp_path / "killed",
+                       result, train.main, small(data, tmp_path / "killed", *changes))
+    assert same(killed, result(tmp_path / "calm"))
+
+
 def test_looking_more_often_changes_nothing(data, tmp_path, straight):
     train.train(settings(data, tmp_path, "--eval_interval=2", "--save_interval=3"))
     weights, log = result(tmp_path)
@@ -645,11 +692,9 @@ def test_instructions_are_not_learned_where_only_the_story_counts(stories, tmp_p
 
 
 def test_two_processes_learn_the_same(data, tmp_path, straight):
-    one = settings(data, tmp_path / "two", "--micro_batch=2")
-    arguments = [f"--{key}={value}" for key, value in vars(one).items()
-                 if value != getattr(train.Settings, key)]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc_per_node=2", HERE / "train.py", *arguments],
+                           "--nproc_per_node=2", HERE / "train.py",
+                           *small(data, tmp_path / "two", "--micro_batch=2")],
                           capture_output=True, text=True, timeout=300,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr

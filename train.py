@@ -490,6 +490,16 @@ def train(settings):
     if world > 1:
         dist.barrier()
     data, meta = find_data(settings.dataset)
+    signals = []
+
+    def on_signal(number, frame):
+        if signals:
+            os._exit(128 + number)
+        signals.append(number)
+        say("\nFinishing this step, then saving (once more to leave at once) ...")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
     T = settings.block_size
     if meta["train"]["tokens"] < 2 * T:
         raise SystemExit(f"{data} has {meta['train']['tokens']} tokens to learn from; a block_size "
@@ -557,16 +567,6 @@ def train(settings):
     bits = bits_per_byte(windows, tokenizer)
     bound = None if settings.story_only else meta.get("entropy_bound", {}).get("nats_per_token")
 
-    signals = []
-
-    def on_signal(number, frame):
-        if signals:
-            os._exit(128 + number)
-        signals.append(number)
-        say("\nFinishing this step, then saving (once more to leave at once) ...")
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
     start, clock, clock_step, norm, saved = step, time.time(), step, None, True
     while True:
         # ------------------------------------------------- between two steps: look, save, or stop
@@ -691,13 +691,14 @@ def against(whole, bound):
     return f" ({whole / bound - 1:+.1%} against the grammar's own {bound:.4f})" if bound else ""
 
 
-def main():
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):         # a console that lacks a character shows a ?
         stream.reconfigure(errors="replace")
-    if "-h" in sys.argv or "--help" in sys.argv:
+    if "-h" in argv or "--help" in argv:
         print(__doc__ + "\n" + inspect.getsource(Settings))
         return
-    settings = load_config(sys.argv[1:])
+    settings = load_config(argv)
     try:
         train(settings)
     except KeyboardInterrupt:                       # before the first step, or after the last
