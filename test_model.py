@@ -616,7 +616,8 @@ def test_a_kill_loses_only_what_came_after_the_last_checkpoint(data, tmp_path, s
 ROUNDS = 20 if os.environ.get("CI") else 3          # of being killed
 
 
-def quietly(function, *arguments):
+def quietly(ready, function, *arguments):
+    ready.set()
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), \
             contextlib.redirect_stderr(nowhere):
         function(*arguments)
@@ -625,12 +626,14 @@ def quietly(function, *arguments):
 def interrupt(numbers, longest, folder, finished, function, *arguments):
     """Call a function in a process of its own, send it one of the signals after a random while, and
     call it again, as long as it takes to hit it ROUNDS times. Whenever it comes to its end, what is
-    `finished` in its folder must be what it was the last time."""
+    `finished` in its folder must be what it was the last time -> that."""
     context, rng, hits, ends = multiprocessing.get_context("forkserver"), random.Random(), 0, []
     context.set_forkserver_preload(["train", "pytest", "torch._dynamo"])
     while hits < ROUNDS or not ends:
-        process = context.Process(target=quietly, args=(function, *arguments))
+        ready = context.Event()
+        process = context.Process(target=quietly, args=(ready, function, *arguments))
         process.start()
+        ready.wait()
         process.join(rng.uniform(0, longest) if hits < ROUNDS else None)
         if process.is_alive():
             number = rng.choice(numbers)
@@ -641,7 +644,7 @@ def interrupt(numbers, longest, folder, finished, function, *arguments):
         else:
             assert process.exitcode == 0
             ends.append(finished(folder))
-            assert same(ends[0], ends[-1]), folder
+            assert ends[0] == ends[-1]
             shutil.rmtree(folder)
     return ends[0]
 
@@ -650,9 +653,33 @@ def interrupt(numbers, longest, folder, finished, function, *arguments):
 def test_training_may_be_killed_at_any_moment(data, tmp_path):
     changes = ["--max_steps=60", "--batch_tokens=1024", "--save_interval=3", "--eval_interval=20"]
     train.train(settings(data, tmp_path / "calm", *changes))
+    def finished(folder):
+        weights, log = result(folder)
+        return {name: weight.tolist() for name, weight in weights.items()}, log
+
     killed = interrupt((signal.SIGKILL, signal.SIGTERM, signal.SIGINT), 2.0, tmp_path / "killed",
-                       result, train.main, small(data, tmp_path / "killed", *changes))
-    assert same(killed, result(tmp_path / "calm"))
+                       finished, train.main, small(data, tmp_path / "killed", *changes))
+    assert killed == finished(tmp_path / "calm")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows knows none of these signals")
+def test_preparing_may_be_killed_at_any_moment(stories, tmp_path):
+    (tmp_path / "t.txt").write_text("\n<|endoftext|>\n".join(story.text for story in stories))
+
+    def finished(folder):
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    for name in ("calm", "killed"):
+        command = [str(tmp_path / name), "--input", str(tmp_path / "t.txt"), "--tokenizer", "bpe",
+                   "--vocab_size", "500"]
+        if name == "calm":
+            prepare.main(command)
+    killed = interrupt((signal.SIGKILL, signal.SIGINT), 1.5, tmp_path / "killed", finished,
+                       prepare.main, command)
+    calm = finished(tmp_path / "calm")
+    assert {*calm} == {"train.bin", "val.bin", "meta.json", "tokenizer.tiktoken"}
+    calm["meta.json"] = calm["meta.json"].replace(b'"calm"', b'"killed"')
+    assert killed == calm
 
 
 def test_looking_more_often_changes_nothing(data, tmp_path, straight):
