@@ -11,8 +11,11 @@ Single letters are axes:
     C width (n_embd)     H heads               D width of a head (C / H)        V vocabulary
 """
 
+import json
 import math
+import pickle
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -233,6 +236,54 @@ def best_dtype(device):
     return torch.float32
 
 
+# The paper's models are released as GPT-Neo: its switches among ours, what its config.json calls
+# our sizes, and what its files call our weights (to be replaced in this order).
+PAPER = dict(pos="learned", norm="layer", act="gelu", qk_norm=False, bias=True, zero_init=False,
+             value_residual=False)
+NEO_SIZES = {"vocab_size": "vocab_size", "block_size": "max_position_embeddings",
+             "n_layer": "num_layers", "n_head": "num_heads", "n_embd": "hidden_size",
+             "window": "window_size"}
+NEO_NAMES = {"blocks": "transformer.h", "norm_": "ln_", "norm": "transformer.ln_f",
+             "attention": "attn.attention", ".out": ".out_proj", ".up": ".c_fc", ".down": ".c_proj",
+             "token_embedding": "transformer.wte", "position_embedding": "transformer.wpe"}
+
+
+def neo_names(name):
+    """Where GPT-Neo keeps a weight of ours: one name, or one for each matrix of a stack."""
+    for ours, theirs in NEO_NAMES.items():
+        name = name.replace(ours, theirs)
+    return [name.replace("qkv", f"{x}_proj.weight") for x in "qkv"] if "qkv" in name else [name]
+
+
+def neo_config(config):
+    """The config.json of the GPT-Neo that a GPTConfig with the paper's switches describes."""
+    kinds = [("global", "local")[layer % 2] for layer in range(config.n_layer)]
+    return {"model_type": "gpt_neo", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+            "tie_word_embeddings": True, "attention_types": [[kinds, 1]],
+            **{theirs: getattr(config, ours) for ours, theirs in NEO_SIZES.items()},
+            "window_size": config.window or config.block_size}
+
+
+def read_weights(folder):
+    """The tensors of a released model: those of model.safetensors, or of pytorch_model.bin."""
+    file, weights = folder / "model.safetensors", {}
+    if not file.is_file():
+        file = folder / "pytorch_model.bin"
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            raise ValueError(f"{file} is more than weights: it may hold code, so it stays closed")
+    raw = bytearray(file.read_bytes())      # the size of the header, the header, the numbers
+    start = 8 + int.from_bytes(raw[:8], "little")
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    for name, entry in json.loads(raw[8:start]).items():
+        if entry.get("dtype") in dtypes:    # the others are masks
+            begin, end = entry["data_offsets"]
+            flat = torch.frombuffer(raw[start + begin:start + end], dtype=dtypes[entry["dtype"]])
+            weights[name] = flat.view(entry["shape"])
+    return weights
+
+
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -257,6 +308,38 @@ class GPT(nn.Module):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+    @classmethod
+    def from_pretrained(cls, name):
+        """A released model as one of ours: its name on the hub ("roneneldan/TinyStories-33M", which
+        is fetched into out/), or a folder with its config.json and its weights. What GPT-Neo does
+        differently goes into the weights. ValueError: it does what ours cannot."""
+        folder = Path(name)
+        if not folder.is_dir():
+            import prepare
+            folder = Path("out", folder.name)
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in ("config.json", "pytorch_model.bin"):
+                prepare.download(prepare.hub_url(name, "main", file, kind=""), folder / file)
+        theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if theirs.get("model_type") != "gpt_neo":
+            raise ValueError(f"{name} is of the type {theirs.get('model_type')}, not gpt_neo")
+        config = GPTConfig(**{ours: theirs[key] for ours, key in NEO_SIZES.items()}, **PAPER)
+        kinds = [kind for kinds, n in theirs["attention_types"] for kind in kinds * n]
+        theirs["attention_types"] = [[kinds, 1]]
+        for key, value in neo_config(config).items():
+            if theirs.get(key, value) != value:
+                raise ValueError(f"{name} has the {key} {theirs[key]}; ours must be {value}")
+        weights, model, state = read_weights(folder), cls(config), {}
+        for ours in model.state_dict():
+            parts = [weights[part].float() for part in neo_names(ours)]
+            state[ours] = torch.stack(parts) if len(parts) > 1 else parts[0]
+            if "qkv" in ours:               # GPT-Neo does not divide by the root of the head size
+                state[ours][0] *= math.sqrt(config.n_embd // config.n_head)
+        rows = state["token_embedding.weight"]
+        state["token_embedding.weight"] = F.pad(rows, (0, 0, 0, -len(rows) % 64))
+        model.load_state_dict(state)
+        return model.eval()
 
     def hidden(self, idx, cache=None):
         """idx (B, T) int64 -> what the head reads, (B, T, C). cache: a Cache that holds the tokens

@@ -227,7 +227,8 @@ def download(url, path, size=None, sha256=None, pauses=(1, 2, 4, 8, 16), timeout
             if not (size and sha256):       # a HEAD is not redirected: the hub's own headers
                 head = requests.head(url, headers=headers, timeout=timeout).headers
                 size = size or int(head.get("X-Linked-Size", 0))
-                sha256 = sha256 or head.get("X-Linked-Etag", "").strip('W/"')
+                tag = head.get("X-Linked-Etag", "").strip('W/"')
+                sha256 = sha256 or (tag if len(tag) == 64 else None)    # a small file's is git's
             have = part.stat().st_size if part.exists() else 0
             if have < size or not size:
                 have = fetch(url, part, have, size, headers, timeout)

@@ -4,28 +4,78 @@
     python sample.py out/tiny_8l --prompt "Once upon a time" -n 3 --temperature 0.8
     python sample.py out/tiny_8l --prompt -                         # you begin, it goes on
     python sample.py out/tiny_1l out/tiny_8l --prompt "Tom was sad"     # a table in Markdown
+    python sample.py roneneldan/TinyStories-33M                     # what the paper's authors made
 """
 
 import argparse
+import base64
 import codecs
+import json
+import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 import prepare
 from model import GPT, GPTConfig, best_dtype
+from train import save
 
 
-def load_run(path, device="auto", dtype=None):
-    """A run's folder, or one of its checkpoint files -> its GPT and its tokenizer. dtype: of the
-    weights; None: what the device multiplies fastest."""
+def find_run(path):
+    """What a user calls a run -> its checkpoint file. It is a run's folder, or a checkpoint, or a
+    released model: its name on the hub (roneneldan/...) or a folder with its config.json, which
+    becomes a run's folder here."""
     path = Path(path)
-    file = path / "ckpt.pt" if path.is_dir() else path
+    on_hub = path.parent.as_posix() == "roneneldan" and not path.exists()
+    folder = Path("out", path.name) if on_hub else path
+    file = path if path.is_file() else folder / "ckpt.pt"
+    if not file.exists() and (on_hub or (folder / "config.json").is_file()):
+        adopt(path.as_posix(), folder)
     if not file.is_file():
         runs = ", ".join(run.parent.as_posix() for run in sorted(Path("out").glob("*/ckpt.pt")))
         raise SystemExit(f"There is no trained model at {path}. " + (
             f"There is: {runs}" if runs else "Make one: python train.py config/demo.py"))
+    return file
+
+
+def put(path, content):
+    """Write a file of bytes whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content)
+    os.replace(part, path)
+
+
+def adopt(name, folder):
+    """Give the folder of a released model what that of a run has; the checkpoint comes last."""
+    words, meta = folder / "tokenizer.tiktoken", folder / "meta.json"
+    try:
+        model = GPT.from_pretrained(name)
+        if not words.exists():              # study/export.py has written it
+            put(words, b"".join(base64.b64encode(token) + b" %d\n" % rank
+                                for token, rank in prepare.gpt2_ranks().items()))
+        tokenizer = prepare.load_tokenizer(folder)
+        if tokenizer.n_vocab != model.config.vocab_size:
+            raise ValueError(f"it has {model.config.vocab_size:,} tokens, and {words} "
+                             f"{tokenizer.n_vocab:,}; put the right tokenizer.tiktoken there")
+        if not meta.exists():               # the text that it has read is not here in its tokens
+            put(meta, json.dumps({
+                "dataset": "instruct" if "-Inst" in folder.name else "tinystories",
+                "source": name, "vocab_size": tokenizer.n_vocab, "eot": tokenizer.eot_token,
+                "train": {"tokens": 0}}, indent=1).encode())
+        weights = {"model": model.state_dict(), "model_config": asdict(model.config),
+                   "settings": {}, "step": 0, "meta": json.loads(meta.read_text("utf-8"))}
+    except Exception as error:              # a damaged file can raise nearly anything
+        raise SystemExit(f"{name} cannot become a run: {type(error).__name__}: {str(error)[:200]}")
+    if not save(folder / "ckpt.pt", weights):
+        raise SystemExit(1)
+
+
+def load_run(path, device="auto", dtype=None):
+    """A run, as `find_run` knows it -> its GPT and its tokenizer. dtype: of the weights; None: what
+    the device multiplies fastest."""
+    file = find_run(path)
     if device == "auto":
         mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -70,7 +120,8 @@ def tell(model, tokenizer, prompts, **how):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", help="folders of runs, or checkpoint files")
+    parser.add_argument("runs", nargs="+", help="folders of runs, checkpoint files, or "
+                        "models of the hub (roneneldan/TinyStories-33M)")
     parser.add_argument("--prompt", action="append", help="how the story begins; "
                         "-: ask me; more than one can be given (default: the model begins)")
     parser.add_argument("-n", "--num_samples", type=int, default=1, help="stories for each prompt")
@@ -95,10 +146,10 @@ def main(argv=None):
         parser.error("torch sees no CUDA device; leave --device away")
 
     sys.stdout.reconfigure(errors="replace")        # a console that lacks a character shows a ?
-    loaded = [load_run(run, args.device) for run in args.runs]
     how = {name: getattr(args, name) for name in
            ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
     try:
+        loaded = [load_run(run, args.device) for run in args.runs]
         rows = [prompt for prompt in prompts for _ in range(args.num_samples)]
         if len(loaded) > 1:
             columns = [tell(*one, rows, **how) for one in loaded]
