@@ -316,7 +316,7 @@ class GPT(nn.Module):
         differently goes into the weights. ValueError: it does what ours cannot."""
         folder = Path(name)
         if not folder.is_dir():
-            import prepare
+            import prepare                  # else this file needs none of the others
             folder = Path("out", folder.name)
             folder.mkdir(parents=True, exist_ok=True)
             for file in ("config.json", "pytorch_model.bin"):

@@ -67,7 +67,8 @@ def adopt(name, folder):
         weights = {"model": model.state_dict(), "model_config": asdict(model.config),
                    "settings": {}, "step": 0, "meta": json.loads(meta.read_text("utf-8"))}
     except Exception as error:              # a damaged file can raise nearly anything
-        raise SystemExit(f"{name} cannot become a run: {type(error).__name__}: {str(error)[:200]}")
+        why = " ".join(str(error).split())[:200]
+        raise SystemExit(f"{name} cannot become a run: {type(error).__name__}: {why}")
     if not save(folder / "ckpt.pt", weights):
         raise SystemExit(1)
 

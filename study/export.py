@@ -66,6 +66,7 @@ def export(run, folder):
     if (folder / "ckpt.pt").exists():
         raise SystemExit(f"{folder} holds a run of its own; choose another folder.")
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").unlink(missing_ok=True)    # without it, nothing is there
     vocab, merges = gpt2_files(tokenizer)
     mark, eot = prepare.MARK, tokenizer.eot_token
     config = neo_config(model.config) | {"architectures": ["GPTNeoForCausalLM"],
@@ -79,7 +80,7 @@ def export(run, folder):
             "tokenizer_config.json": json.dumps({
                 "tokenizer_class": "GPT2Tokenizer", "model_max_length": model.config.block_size,
                 "bos_token": mark, "eos_token": mark, "unk_token": mark}),
-            "config.json": json.dumps(config, indent=1)}.items():   # the last: then all is there
+            "config.json": json.dumps(config, indent=1)}.items():
         put(folder / name, text.encode())
     print(f"{folder} holds {run} as a GPT-Neo.")
 
