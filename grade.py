@@ -252,10 +252,8 @@ def read_meta(folder):
 def complete(path, args, judge):
     """Let a run finish each prompt n times; what its ledger holds is not told again -> lines, and
     prompts. Each repetition is a batch with a seed of its own: it does not depend on n."""
-    file = path / "ckpt.pt" if path.is_dir() else path
-    if not file.is_file():
-        import sample
-        sample.load_run(path)                               # says what is missing
+    import sample                                           # and torch: only where it is needed
+    file = sample.find_run(path)
     dataset = read_meta(file.parent).get("dataset", "unknown")
     rows, step = read_prompts(args, dataset in prepare.SAMPLES), re.search(r"_(\d+)$", file.stem)
     ledger, checkpoint = file.parent / "completions.jsonl", prepare.file_sha256(file)[:16]
@@ -268,7 +266,6 @@ def complete(path, args, judge):
         missing = [key for key in keys if key not in have] if not args.reparse else []
         if missing and model is None:
             judge.connect()                                 # no key? Better said before the work
-            import sample
             model, tokenizer = sample.load_run(file, args.device)
         if missing and not (told and args.dry_run):         # a dry run tells one, for all
             ids = [sample.encode_prompt(tokenizer, keys[key]["prompt"], model.config.block_size)
@@ -876,7 +873,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("runs", nargs="+", help="folders of runs, checkpoint files, .jsonl files of stories")
+    add("runs", nargs="+", help="folders of runs, checkpoint files, models of the hub "
+        "(roneneldan/TinyStories-33M), .jsonl files of stories")
     add("--task", default="story", choices=FILES)
     add("--n", type=int, help="stories for each prompt (default 10; probes: 1)")
     add("--prompts", help="paper: the 44 published ones; or a file like those in data/, or one of "

@@ -259,6 +259,13 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
+    @classmethod
+    def from_pretrained(cls, name):
+        """A model that the paper's authors released as one of ours: "roneneldan/TinyStories-33M",
+        or a folder with its config.json and its weights. See study/released.py."""
+        from study.released import read_model       # else this file needs none of the others
+        return read_model(name)
+
     def hidden(self, idx, cache=None):
         """idx (B, T) int64 -> what the head reads, (B, T, C). cache: a Cache that holds the tokens
         before idx; idx is added to it. ValueError: more tokens than block_size."""

@@ -243,7 +243,8 @@ def download(url, path, size=None, sha256=None, pauses=(1, 2, 4, 8, 16), timeout
             if not (size and sha256):       # a HEAD is not redirected: the hub's own headers
                 head = requests.head(url, headers=headers, timeout=timeout).headers
                 size = size or int(head.get("X-Linked-Size", 0))
-                sha256 = sha256 or head.get("X-Linked-Etag", "").strip('W/"')
+                tag = head.get("X-Linked-Etag", "").strip('W/"')
+                sha256 = sha256 or (tag if len(tag) == 64 else None)    # a small file's is git's
             have = part.stat().st_size if part.exists() else 0
             if have < size or not size:
                 have = fetch(url, part, have, size, headers, timeout)
@@ -454,6 +455,11 @@ def load_tokenizer(folder):
     return as_encoding({base64.b64decode(token): int(rank) for token, rank in pairs})
 
 
+def save_tokenizer(folder, ranks):
+    lines = b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
+    write_whole(folder / "tokenizer.tiktoken", lambda file: file.write(lines))
+
+
 def gpt2_ranks():
     import tiktoken
     try:
@@ -580,8 +586,7 @@ def prepare(name, input=None, valid=None, tokenizer=None, vocab_size=None, keep_
     if nats:
         meta["entropy_bound"] = {"nats_per_token": nats / stats["val"]["tokens"],
                                  "bits_per_byte": nats / math.log(2) / stats["val"]["bytes"]}
-    lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
-    (folder / "tokenizer.tiktoken").write_bytes(b"".join(lines))
+    save_tokenizer(folder, ranks)
     for split in ("train", "val"):
         os.replace(folder / f"{split}.bin.part", folder / f"{split}.bin")
     write_whole(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))

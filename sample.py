@@ -5,6 +5,7 @@
     python sample.py out/tiny_8l --prompt -                         # you begin, it goes on
     python sample.py out/tiny_1l out/tiny_8l --prompt "Tom was sad"     # a table in Markdown
     python sample.py out/instruct_8l --words "quit, oak, gloomy" --features Dialogue,BadEnding
+    python sample.py roneneldan/TinyStories-33M                     # what the paper's authors made
 """
 
 import argparse
@@ -20,15 +21,28 @@ from model import GPT, GPTConfig, best_dtype
 FEATURES = ("Dialogue", "BadEnding", "MoralValue", "Twist", "Foreshadowing", "Conflict")
 
 
-def load_run(path, device="auto", dtype=None):
-    """A run's folder, or one of its checkpoint files -> its GPT and its tokenizer. dtype: of the
-    weights; None: what the device multiplies fastest."""
+def find_run(path):
+    """What a user calls a run -> its checkpoint file. It is a run's folder, or a checkpoint, or a
+    released model: its name on the hub (roneneldan/...) or a folder with its config.json, which
+    becomes a run's folder here."""
     path = Path(path)
-    file = path / "ckpt.pt" if path.is_dir() else path
+    on_hub = path.parent.as_posix() == "roneneldan" and not path.exists()
+    folder = Path("out", path.name) if on_hub else path
+    file = path if path.is_file() else folder / "ckpt.pt"
+    if not file.exists() and (on_hub or (folder / "config.json").is_file()):
+        from study.released import adopt
+        adopt(path.as_posix(), folder)
     if not file.is_file():
         runs = ", ".join(run.parent.as_posix() for run in sorted(Path("out").glob("*/ckpt.pt")))
         raise SystemExit(f"There is no trained model at {path}. " + (
             f"There is: {runs}" if runs else "Make one: python train.py config/demo.py"))
+    return file
+
+
+def load_run(path, device="auto", dtype=None):
+    """A run, as `find_run` knows it -> its GPT and its tokenizer. dtype: of the weights; None: what
+    the device multiplies fastest."""
+    file = find_run(path)
     if device == "auto":
         mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -80,7 +94,8 @@ def tell(model, tokenizer, prompts, **how):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", help="folders of runs, or checkpoint files")
+    parser.add_argument("runs", nargs="+", help="folders of runs, checkpoint files, or "
+                        "models of the hub (roneneldan/TinyStories-33M)")
     parser.add_argument("--prompt", action="append", help="how the story begins; "
                         "-: ask me; more than one can be given (default: the model begins)")
     parser.add_argument("--words", help="of a model that has learned from instructions: words that "
@@ -118,10 +133,10 @@ def main(argv=None):
         parser.error("torch sees no CUDA device; leave --device away")
 
     sys.stdout.reconfigure(errors="replace")        # a console that lacks a character shows a ?
-    loaded = [load_run(run, args.device) for run in args.runs]
     how = {name: getattr(args, name) for name in
            ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
     try:
+        loaded = [load_run(run, args.device) for run in args.runs]
         rows = [prompt for prompt in prompts for _ in range(args.num_samples)]
         if len(loaded) > 1:
             columns = [tell(*one, rows, **how) for one in loaded]

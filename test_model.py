@@ -30,7 +30,7 @@ import prepare
 import sample
 import train
 from model import GPT, Cache, GPTConfig, attend, draw
-from study import speed
+from study import export, speed
 
 HERE = Path(__file__).resolve().parent
 OURS = dict(vocab_size=100, block_size=48, n_layer=3, n_head=2, n_embd=32)
@@ -1068,6 +1068,189 @@ def test_a_ruler_out_of_order_measures_nothing():
 
     assert "puts the anchors in order" in told(9, 5, 1) and "m: at 56% of the way" in told(9, 5, 1)
     assert "does NOT" in told(9, 9.5, 1) and "of the way" not in told(9, 9.5, 1)
+
+
+# -------------------------------------------------------------------------------------- the studies
+
+NEO = dict(vocab_size=257, hidden_size=32, num_layers=3, num_heads=4, max_position_embeddings=48,
+           window_size=8, model_type="gpt_neo", activation_function="gelu_new",
+           attention_types=[[["global", "local"], 1], [["global"], 1]], layer_norm_epsilon=1e-5)
+
+
+def neo_folder(folder, safetensors=False, **changes):
+    """Write random weights as the hub has a released model's -> the weights by GPT-Neo's names."""
+    torch.manual_seed(0)
+    layer = {"ln_1.weight": [32], "ln_1.bias": [32], "ln_2.weight": [32], "ln_2.bias": [32],
+             **{f"attn.attention.{x}_proj.weight": [32, 32] for x in ("q", "k", "v", "out")},
+             "attn.attention.out_proj.bias": [32], "mlp.c_fc.weight": [128, 32],
+             "mlp.c_fc.bias": [128], "mlp.c_proj.weight": [32, 128], "mlp.c_proj.bias": [32]}
+    shapes = {"wte.weight": [257, 32], "wpe.weight": [48, 32], "ln_f.weight": [32],
+              "ln_f.bias": [32], **{f"h.{i}.{name}": shape for i in range(3)
+                                    for name, shape in layer.items()}}
+    weights = {f"transformer.{name}": torch.randn(shape) * (0.3 if len(shape) > 1 else 1.0)
+               for name, shape in shapes.items()}
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({**NEO, **changes}))
+    if safetensors:
+        blobs, header = b"mask", {
+            "__metadata__": {"format": "pt"}, "transformer.h.0.attn.attention.bias": {
+                "dtype": "BOOL", "shape": [4], "data_offsets": [0, 4]}}
+        for name, w in weights.items():
+            end = len(blobs) + 4 * w.numel()
+            header[name] = {"dtype": "F32", "shape": list(w.shape),
+                            "data_offsets": [len(blobs), end]}
+            blobs += w.numpy().tobytes()
+        head = json.dumps(header).encode()
+        (folder / "model.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + blobs)
+    else:
+        mask = {"transformer.h.0.attn.attention.bias": torch.ones(1, 1, 48, 48, dtype=torch.bool)}
+        torch.save(weights | mask, folder / "pytorch_model.bin")
+    return weights
+
+
+def neo_logits(w, idx):
+    """GPT-Neo written out for one row of ids (T,): its scores are not divided by anything."""
+    F, T = nn.functional, len(idx)
+    i, j = torch.arange(T)[:, None], torch.arange(T)
+
+    def norm(x, name):
+        return F.layer_norm(x, [32], w[f"{name}.weight"], w[f"{name}.bias"])
+
+    def linear(x, name):
+        return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
+
+    x = w["transformer.wte.weight"][idx] + w["transformer.wpe.weight"][:T]
+    for layer in range(3):
+        at = f"transformer.h.{layer}"
+        y = norm(x, f"{at}.ln_1")
+        q, k, v = (linear(y, f"{at}.attn.attention.{x}_proj").view(T, 4, 8).transpose(0, 1)
+                   for x in "qkv")
+        hidden = (j > i) | (j <= i - 8) if layer == 1 else j > i
+        y = (q @ k.mT).masked_fill(hidden, -math.inf).softmax(-1) @ v
+        x = x + linear(y.transpose(0, 1).reshape(T, 32), f"{at}.attn.attention.out_proj")
+        y = F.gelu(linear(norm(x, f"{at}.ln_2"), f"{at}.mlp.c_fc"), approximate="tanh")
+        x = x + linear(y, f"{at}.mlp.c_proj")
+    return norm(x, "transformer.ln_f") @ w["transformer.wte.weight"].T
+
+
+@pytest.mark.parametrize("safetensors", [False, True])
+def test_a_released_model_says_the_same_as_ours(tmp_path, safetensors):
+    weights = neo_folder(tmp_path / "neo", safetensors)
+    model, idx = GPT.from_pretrained(tmp_path / "neo"), torch.randint(257, (48,))
+    assert not model.token_embedding.weight[257:].any()
+    for T in (1, 5, 8, 9, 30, 48):
+        expected = neo_logits(weights, idx[:T])
+        cache = Cache(model.config, 1, "cpu", torch.float32)
+        pieces = [model(idx[None, a:b], cache=cache)[0] for a, b in ((0, T // 2), (T // 2, T))
+                  if a < b]
+        for logits in (model(idx[None, :T])[0], torch.cat(pieces, 1)):
+            torch.testing.assert_close(logits[0, :, :257], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"activation_function": "relu"}, "activation_function relu"), ({"model_type": "gpt2"}, "gpt2"),
+    ({"attention_types": [[["local", "global"], 1], [["local"], 1]]}, "attention_types"),
+    ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon"), ({"tie_word_embeddings": False}, "tie"),
+    ({"num_layers": 4}, "attention_types"), ({"hidden_size": 64}, "size mismatch")])
+def test_what_ours_cannot_be_is_refused_in_words(tmp_path, change, says):
+    neo_folder(tmp_path / "neo", **change)
+    with pytest.raises(SystemExit, match=says):
+        sample.find_run(tmp_path / "neo")
+    assert not (tmp_path / "neo" / "ckpt.pt").exists()
+
+
+def test_a_pickle_with_code_stays_closed(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    neo_folder(tmp_path / "neo")
+    torch.save({"transformer.wte.weight": Evil()}, tmp_path / "neo" / "pytorch_model.bin")
+    with pytest.raises(SystemExit, match="may hold code"):
+        sample.find_run(tmp_path / "neo")
+    assert not (tmp_path / "ran").exists()
+
+
+class Shelf(Hub):
+    """A hub of several files, which tells their hashes as the real one does: of a large file its
+    sha256, of a small one what git calls it."""
+    files, seen = {}, []
+
+    def do_HEAD(self):
+        body = self.files[self.path.rpartition("/")[2]]
+        self.send_response(302)
+        self.send_header("X-Linked-Size", str(len(body)))
+        large = prepare.hashlib.sha256(body).hexdigest()
+        self.send_header("X-Linked-Etag", f'"{large if len(body) > 1000 else "7" * 40}"')
+        self.end_headers()
+
+    def do_GET(self):
+        self.body = self.files[self.path.rpartition("/")[2]]
+        super().do_GET()
+
+
+def test_a_released_model_is_fetched_once_and_is_a_run(tmp_path, monkeypatch, capsys):
+    weights = neo_folder(tmp_path / "hub")
+    Shelf.files = {file.name: file.read_bytes() for file in (tmp_path / "hub").iterdir()}
+    Shelf.faults, Shelf.seen = ["", "cut"], []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(prepare, "gpt2_ranks", lambda: {bytes([byte]): byte for byte in range(256)})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Shelf)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    file = sample.find_run("roneneldan/TinyStories-Instuct-1Layer-21M")
+    server.shutdown()
+    server.server_close()                                   # from here on there is no network
+    assert file == Path("out/TinyStories-Instuct-1Layer-21M/ckpt.pt") and len(Shelf.seen) >= 2
+    assert sample.find_run("roneneldan/TinyStories-Instuct-1Layer-21M") == file
+    file.unlink()                                           # as if it had been killed before
+    model, tokenizer = sample.load_run("roneneldan/TinyStories-Instuct-1Layer-21M", "cpu")
+    idx = torch.tensor(tokenizer.encode_ordinary("Once upon a time"))
+    torch.testing.assert_close(model(idx[None])[0][0, :, :257].float(), neo_logits(weights, idx),
+                               atol=1e-3 if next(model.parameters()).dtype == torch.float32 else 1,
+                               rtol=1e-3)
+    sample.main([str(file.parent), "--prompt", "Tom", "--device", "cpu", "--max_new_tokens", "3"])
+    assert capsys.readouterr().out.startswith("Tom")
+    meta = grade.read_meta(file.parent)
+    assert (meta["dataset"], meta["eot"]) == ("instruct", 256)
+    monkeypatch.setattr(prepare, "HERE", tmp_path)          # a data set in tokens of another kind
+    (tmp_path / "data" / "instruct").mkdir(parents=True)
+    (tmp_path / "data" / "instruct" / "train.bin").write_bytes(b"1234")
+    assert grade.new_5grams(["Once upon a time"], file.parent) == "no train.bin"
+    with pytest.raises(SystemExit, match="Cannot download .*TinyStories-1M"):
+        sample.find_run("roneneldan/TinyStories-1M")
+
+
+def untrained(data, folder, kind):
+    """A run that has not learned anything -> its folder."""
+    shutil.copytree(data, folder, ignore=shutil.ignore_patterns("*.bin", "*.txt"))
+    meta = json.loads((folder / "meta.json").read_text())
+    config = GPTConfig(**{**kind, "vocab_size": meta["vocab_size"]})
+    torch.save({"model": GPT(config).state_dict(), "model_config": vars(config), "settings": {},
+                "step": 0, "meta": meta}, folder / "ckpt.pt")
+    return str(folder)
+
+
+def test_an_exported_model_comes_back(data, tmp_path):
+    ours, run = (untrained(data, tmp_path / kind, KINDS[kind]) for kind in ("ours", "paper"))
+    export.main([run, str(tmp_path / "out")])
+    model, tokenizer = sample.load_run(run, "cpu", torch.float32)
+    back, same = sample.load_run(tmp_path / "out", "cpu", torch.float32)
+    assert back.config == model.config
+    V = tokenizer.n_vocab                                   # the padding stays at home
+    back.token_embedding.weight.data[V:] = model.token_embedding.weight[V:]
+    torch.testing.assert_close(back.state_dict(), model.state_dict(), atol=1e-7, rtol=1e-6)
+    assert same.encode_ordinary("Tom é") == tokenizer.encode_ordinary("Tom é")
+    vocab = json.loads((tmp_path / "out" / "vocab.json").read_text())
+    merges = (tmp_path / "out" / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
+    assert len(vocab) == V == len(merges) + 257
+    assert all(merge.replace(" ", "") in vocab for merge in merges)
+    with pytest.raises(SystemExit, match="holds a run"):
+        export.main([run, str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="no place for pos=rope, norm=rms"):
+        export.main([ours, str(tmp_path / "none")])
+    assert not (tmp_path / "none").exists()
 
 
 # ------------------------------------------------------------------------------------- the commands
