@@ -1,8 +1,9 @@
 """What does a model learn when?
 
-    python train.py config/demo.py --keep_checkpoints=True --save_interval=100 --eval_interval=100
-    python -m study.when out/demo                       # half a minute
-    python -m study.when out/demo --prompt "Tom was sad because" --prompt "Once" --temperature 0.8
+    python train.py config/demo.py --out_dir=out/when --keep_checkpoints=True --save_interval=100 \\
+        --eval_interval=100
+    python -m study.when out/when                       # half a minute
+    python -m study.when out/when --prompt "Tom was sad because" --prompt "Once" --temperature 0.8
 
 A run that keeps its checkpoints can be asked again at every age. Each of them goes on with the same
 three beginnings; what they say stands one under the other in out/<run>/when.md, with the loss and,
@@ -108,7 +109,7 @@ def draw(path, log, graded, checks, bound):
 
 def study(args, check=None):
     """check: a function (model, tokenizer) -> {name: share}, for what needs no judge."""
-    folder = Path(args.run)
+    folder = Path(args.run).parent if Path(args.run).is_file() else Path(args.run)
     files, meta, log = kept(folder), grade.read_meta(folder), train.read_log(folder / "log.csv")
     dataset = meta.get("dataset", "unknown")
     prompts = args.prompt or [row["prompt"] for row in grade.read_prompts(argparse.Namespace(
