@@ -31,6 +31,7 @@ import sample
 import train
 from model import GPT, Cache, GPTConfig, attend, draw
 from study import export, speed
+from study import copying, speed, when
 
 HERE = Path(__file__).resolve().parent
 OURS = dict(vocab_size=100, block_size=48, n_layer=3, n_head=2, n_embd=32)
@@ -1251,6 +1252,90 @@ def test_an_exported_model_comes_back(data, tmp_path):
     with pytest.raises(SystemExit, match="no place for pos=rope, norm=rms"):
         export.main([ours, str(tmp_path / "none")])
     assert not (tmp_path / "none").exists()
+def test_looking_for_copies_in_pieces_equals_looking_at_all(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    shelf = [rng.integers(6, size=rng.integers(1, 40)) for _ in range(60)]
+    shelf[7] = np.array([], int)
+    path = tmp_path / "train.bin"
+    np.concatenate([[*story, 9] for story in shelf]).astype(np.uint16).tofile(path)
+    ends = copying.find_ends(path, 9)
+    for number in (0, 7, 59):
+        assert np.array_equal(copying.read_story(path, ends, number), shelf[number])
+    begun, texts = [0, 20, 59], [shelf[0][2:], rng.integers(7, size=20), shelf[21][:9]]
+    others = [[] if number in begun else story.tolist() for number, story in enumerate(shelf)]
+
+    def grams(text, k):
+        return [tuple(map(int, text[i:i + k])) for i in range(len(text) - k + 1)]
+
+    for piece in (1, 100, 10_000):
+        monkeypatch.setattr(copying, "PIECE", piece)
+        seen, near = copying.search(path, ends, texts, begun)
+        for i, text in enumerate(texts):
+            for k in copying.KS:
+                counts = Counter(gram for story in others for gram in grams(story, k))
+                assert sorted(seen[k][i]) == sorted(counts[gram] for gram in {*grams(text, k)})
+            for k in copying.NEAR:
+                mine = {*grams(text, k)}
+                shares = [len(mine & {*grams(story, k)}) / len(mine) for story in others]
+                assert near[k][0][i] == pytest.approx(max(shares)) and max(shares) > 0
+                assert near[k][1][i] == np.argmax(shares)
+    alike = copying.most_alike([np.arange(5), np.arange(3), np.array([7, 8])])
+    assert alike == pytest.approx([4 / 6, 4 / 6, 0])            # 2-grams: 4 and 2 of them, 2 shared
+
+
+@pytest.fixture(scope="module")
+def aged(data, tmp_path_factory):
+    """A run that has kept its checkpoints."""
+    out = tmp_path_factory.mktemp("aged")
+    train.train(settings(data, out, "--keep_checkpoints=True"))
+    return out
+
+
+def test_what_is_copied_is_shown(data, aged, capsys, monkeypatch):
+    with pytest.raises(SystemExit, match="--data FOLDER"):
+        copying.main([str(aged), "--device=cpu"])
+    real = GPT.generate
+
+    def parrot(self, prompts, *_, **__):                # knows its stories by heart
+        assert real(self, prompts, 1)
+        texts = np.fromfile(data / "train.bin", np.uint16).tobytes().split(stop)
+        told = [np.array(prompt[1:], np.uint16).tobytes() for prompt in prompts]
+        return [np.frombuffer(next(text for text in texts if text.startswith(begun))[len(begun):],
+                              np.uint16).tolist() for begun in told]
+
+    stop = np.uint16(json.loads((data / "meta.json").read_text())["eot"]).tobytes()
+    monkeypatch.setattr(GPT, "generate", parrot)
+    copying.main([str(aged), "--data", str(data), "--n=10", "--device=cpu"])
+    printed = capsys.readouterr().out
+    assert "10 completions" in printed and "1.00, at most 1.00" in printed
+    text = (aged / "copying.md").read_text()
+    assert text.count("<b>") == text.count("</b>") > 0 and (aged / "copying.png").exists()
+
+
+def test_what_is_learned_when(data, aged, teach, monkeypatch, capsys):
+    (aged / "p.txt").write_text("Tom was sad***")
+    runs = [str(aged / f"ckpt_{step:06}.pt") for step in (5, 12)]
+    asked = ["--base-url", teach.url, "--n=2", "--max_new_tokens=8", "--no-anchors",
+             "--prompts", str(aged / "p.txt")]
+    monkeypatch.setattr(Teacher, "script", kindly)
+    grade.main([*runs, *asked, "--judge=mild"])
+    monkeypatch.setattr(Teacher, "script", lambda body: kindly(body).replace("8", "2"))
+    grade.main([*runs[:1], *asked, "--judge=strict"])       # it has graded less: its grades are
+    capsys.readouterr()                                     # not mixed with the other's
+    how = argparse.Namespace(run=aged, prompt=["Tom <3"], device="cpu", temperature=0, seed=0,
+                             max_new_tokens=3)
+    when.study(how, check=lambda model, tokenizer: {"the plot": 0.25})
+    table = [line.split("|") for line in capsys.readouterr().out.splitlines() if "| step" in line]
+    assert {row[1].strip(): "8.00" in row[5] for row in table} == {
+        "step 5": True, "step 10": False, "step 12": True}
+    assert all("25%" in row[9] for row in table) and (aged / "when.png").exists()
+    text = (aged / "when.md").read_text()
+    assert text.count("Tom &lt;3") == 1
+    assert re.findall(r"\* \*\*(\d+)", text) == ["5", "10", "12"]
+    for path in aged.glob("ckpt_*.pt"):
+        path.unlink()
+    with pytest.raises(SystemExit, match="--keep_checkpoints=True"):
+        when.main([str(aged)])
 
 
 # ------------------------------------------------------------------------------------- the commands

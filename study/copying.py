@@ -1,0 +1,254 @@
+"""Does the model copy what it has read?
+
+    python -m study.copying out/tiny_8l                 # 100 completions against all it has read
+    python -m study.copying out/tiny_8l --n 20 --temperature 0.8
+    python -m study.copying out/mine --data /big/mine   # where its train.bin is kept
+
+The model goes on with the first two fifths of 100 stories that it has trained on, and what it
+writes is looked for in train.bin: about three minutes of a CPU core and 0.4 GB for 500 million
+tokens. The answer is in out/<run>/copying.md and copying.png. After arXiv 2305.07759, section 4.4.
+
+Beside a completion stands the true ending of its story. Both are cut to the length of the shorter,
+and both are looked for in all training stories but those that were begun: with the same beginning,
+the same length and the same shelf, what true endings share with other stories is what honest text
+shares. The unit is the token of the run's own tokenizer, nearly always a word or a mark; the paper
+counts words, cuts nothing and looks in all stories.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import grade
+import prepare
+import sample
+
+KS = (1, 2, 3, 4, 5)        # tokens of a k-gram
+NEAR = (2, 3)               # those by which the nearest story is found
+PIECE = 1 << 18             # tokens read at a time
+LEAST = 20                  # tokens that are compared: of a few words, all are found somewhere
+ROWS = 25                   # completions written at a time
+KINDS = ("completions", "true endings")
+PAPER = {"(a) 2-grams in the true ending": "nearly all under 0.25",     # what it found
+         "(b) Rouge-2 with the most alike other": "most 0.07-0.10, at most 0.20",
+         "(d) 2-grams in the nearest story": "most often 0.25-0.4",
+         "(d) 3-grams in the nearest story": "most often 0.1-0.25"}
+
+
+def find_ends(path, eot):
+    """Where in a token file its stories end."""
+    ends, start = [], 0
+    with open(path, "rb") as file:
+        while len(ids := np.fromfile(file, np.uint16, 16 * PIECE)):
+            ends.append(start + np.flatnonzero(ids == eot))
+            start += len(ids)
+    return np.concatenate(ends)
+
+
+def read_story(path, ends, number):
+    start = ends[number - 1] + 1 if number else 0
+    return np.fromfile(path, np.uint16, ends[number] - start, offset=2 * int(start))
+
+
+def members(texts, k):
+    """The k-grams of some texts (hashes, sorted, each once), and which text has which: (grams,
+    texts) of 0 and 1."""
+    mine = [np.unique(grade.hashes(text, k)) for text in texts]
+    grams = np.unique(np.concatenate(mine))
+    held = torch.zeros(len(grams), len(texts))
+    for i, one in enumerate(mine):
+        held[np.searchsorted(grams, one), i] = 1
+    return grams, held
+
+
+def search(path, ends, texts, begun):
+    """Look for the k-grams of texts in all stories of a token file but those numbered in `begun`.
+
+    -> {k: for each text, how often each of its k-grams occurs}, and {k: for each text, the largest
+    share of its k-grams that one story has, and the number of that story}."""
+    known = {k: members(texts, k) for k in KS}
+    find = {k: grade.finder(grams) for k, (grams, _) in known.items()}
+    counts = {k: np.zeros(len(grams), np.int64) for k, (grams, _) in known.items()}
+    most = {k: np.zeros(len(texts)) for k in NEAR}
+    nearest = {k: np.zeros(len(texts), np.int64) for k in NEAR}
+    bar, start, first = prepare.Progress(f"reading {path.name}", path.stat().st_size), 0, 0
+    with open(path, "rb") as file:
+        while first < len(ends):
+            last = max(int(np.searchsorted(ends, start + PIECE)), first + 1)
+            stories = np.arange(last - first)                           # whole ones
+            ids = np.fromfile(file, np.uint16, ends[last - 1] + 1 - start)
+            story = stories.repeat(np.diff(ends[first:last], prepend=start - 1))    # of each token
+            ids[np.isin(story, np.subtract(begun, first))] = ids[-1]    # no text has an end mark
+            for k, (grams, held) in known.items():
+                where, which = find[k](grade.hashes(ids, k))
+                counts[k] += np.bincount(which, minlength=len(grams))
+                if k in NEAR:
+                    pairs = np.sort(story[where] * len(grams) + which)
+                    pairs = pairs[np.diff(pairs, prepend=-1) > 0]       # each once a story
+                    bags = np.searchsorted(pairs, stories * len(grams))
+                    shared = F.embedding_bag(torch.from_numpy(pairs % len(grams)), held,
+                                             torch.from_numpy(bags), mode="sum").numpy()
+                    share = shared.max(0) / held.sum(0).numpy()     # (stories, texts) -> (texts)
+                    nearest[k] = np.where(share > most[k], first + shared.argmax(0), nearest[k])
+                    most[k] = np.maximum(share, most[k])
+            start, first = int(ends[last - 1]) + 1, last
+            bar.show(2 * start)
+    seen = {k: [counts[k][one.numpy() > 0] for one in held.T] for k, (_, held) in known.items()}
+    return seen, {k: (most[k], nearest[k]) for k in NEAR}
+
+
+def precision(text, other, k=2):
+    """The share of a text's k-grams that are in another text."""
+    return np.isin(np.unique(grade.hashes(text, k)), grade.hashes(other, k)).mean()
+
+
+def most_alike(texts, k=2):
+    """For each text the largest Rouge-k with another: the harmonic mean of both precisions."""
+    _, held = members(texts, k)
+    size = held.sum(0)
+    rouge = 2 * held.T @ held / (size + size[:, None])                  # (texts, texts)
+    return rouge.fill_diagonal_(0).max(0).values.numpy()
+
+
+# -------------------------------------------------------------------------------------- the report
+
+def draw(path, shared, seen, title):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    (a, b), (c, d) = axes
+    names = list(shared)
+    for panel, mine in ((a, names[:1]), (b, names[1:2]), (d, names[2:])):
+        top = max(values.max() for name in mine for values in shared[name])
+        bins = np.linspace(0, min(1, np.ceil(20 * top + 1) / 20), 31)
+        for i, name in enumerate(mine):
+            for kind, values, how in zip(KINDS, shared[name], (
+                    dict(alpha=0.4), dict(histtype="step", linewidth=1.8))):
+                panel.hist(values, bins, color=f"C{i}", label=f"{name}: {kind}", **how)
+        panel.set(xlabel="share", ylabel="texts", xlim=(0, bins[-1]),
+                  ylim=(0, 1.25 * panel.get_ylim()[1]))                 # room for the legend
+    a.set_title("(true endings: in the ending of another story)", fontsize=9)
+    for k in KS:
+        for kind, times, style in zip(KINDS, seen[k], ("o-", "x:")):
+            digits = [len(str(n)) if n else 0 for n in times.tolist()]
+            c.plot(np.bincount(digits) / len(digits), style, color=f"C{k - 1}", markersize=5,
+                   label=f"(c) {k}-grams: {kind}")
+    c.set(xticks=range(9), ylim=(0, None), ylabel="share of the k-grams",
+          xlabel="how often they occur in training stories",
+          xticklabels=["never", "1-9", "10-99", "100-", "1,000-", "10,000-", "100,000-", "1 M-",
+                       "10 M-"], xlim=(-0.3, max(line.get_xdata()[-1] for line in c.lines) + 0.3))
+    for panel in axes.flat:
+        panel.legend(fontsize=8)
+        panel.grid(alpha=0.3)
+    figure.suptitle(title)
+    part = path.with_name(path.name + ".part")
+    figure.savefig(part, format="png", dpi=120)
+    os.replace(part, path)
+    plt.close(figure)
+
+
+def marked(tokenizer, ids, other, k=3):
+    """A text as HTML in a cell of a table; what it shares with another, from k tokens on, bold."""
+    common = np.flatnonzero(np.isin(grade.hashes(ids, k), grade.hashes(other, k)))
+    bold = np.zeros(len(ids) + 1, bool)
+    bold[np.add.outer(common, np.arange(k))] = True
+    text, on = b"", False
+    for piece, wanted in zip([*map(tokenizer.decode_single_token_bytes, ids), b""], bold):
+        if wanted != on and not (piece and piece[0] & 0xC0 == 0x80):    # not inside a character
+            text, on = text + (b"<b>" if wanted else b"</b>"), wanted
+        text += piece.replace(b"&", b"&amp;").replace(b"<", b"&lt;").replace(b"|", b"&#124;")
+    return "<br>".join(text.decode(errors="replace").strip().splitlines())
+
+
+def study(args):
+    file = Path(args.run)
+    folder = file if file.is_dir() else file.parent
+    model, tokenizer = sample.load_run(file, args.device)
+    path, eot = grade.training_file(folder, args.data), tokenizer.eot_token
+    if not path:
+        raise SystemExit(f"The train.bin that {folder} has learned from is not in "
+                         f"{args.data or 'the folder of data/ that its meta.json names'}, or has "
+                         "another size. Name its folder: --data FOLDER")
+    ends = find_ends(path, eot)
+    begun = np.flatnonzero(np.diff(ends, prepend=-1) > 2 * LEAST)
+    begun = np.random.default_rng(args.seed).permutation(begun)[:args.n]
+    stories, trios = [read_story(path, ends, number) for number in begun], []
+    for i in range(0, len(stories), ROWS):
+        halves = [np.split(story, [2 * len(story) // 5]) for story in stories[i:i + ROWS]]
+        told = model.generate([[eot, *given.tolist()] for given, _ in halves], max(
+            len(ending) for _, ending in halves), args.temperature, stop=eot, seed=args.seed + i)
+        trios += [(np.array(ids, np.uint16), *half) for ids, half in zip(told, halves)]
+        print(f"told {len(trios)} of {len(stories)}", flush=True)
+    trios = [trio for trio in trios if len(trio[0]) >= LEAST]
+    n, short = len(trios), len(stories) - len(trios)
+    if n < 2:
+        raise SystemExit(f"{n} of {len(stories)} completions have {LEAST} tokens: nothing to "
+                         "compare. Take a larger --n, or train for longer.")
+    completions, given, endings = zip(*trios)
+    texts = [*(text[:len(ending)] for text, ending in zip(completions, endings)),
+             *(ending[:len(text)] for text, ending in zip(completions, endings))]
+    seen, near = search(path, ends, texts, begun)
+    true = map(precision, texts, [*endings, *endings[1:], endings[0]])
+    alike = [*most_alike(texts[:n]), *most_alike(texts[n:])]
+    shared = {name: np.reshape([*values], (2, n)) for name, values in zip(
+        PAPER, (true, alike, near[2][0], near[3][0]))}
+    seen = {k: [np.concatenate(half) for half in (seen[k][:n], seen[k][n:])] for k in KS}
+
+    rows = {name: {kind: f"{np.median(values):.2f}, at most {values.max():.2f}" for kind, values in
+                   zip(KINDS, shared[name])} | {"the paper": PAPER[name]} for name in PAPER}
+    rows |= {f"(c) {k}-grams in no story": {
+        kind: f"{np.mean(times == 0):.1%}" for kind, times in zip(KINDS, seen[k])} | (
+        {"the paper": "most"} if k > 3 else {}) for k in KS}
+    table = grade.table({name: rows[name] for name in sorted(rows)})
+    facts = (f"{n} completions at temperature {args.temperature:g} (seed {args.seed}) against "
+             f"{len(ends):,} training stories, {path.stat().st_size // 2:,} tokens")
+    title = f"Does {folder.resolve().name} copy?"
+    draw(folder / "copying.png", shared, seen, f"{title} {facts}")
+    facts += f"; {short} more ended before {LEAST} tokens." if short else "."
+    parts = [f"# {title}", facts, table, "Medians, and the largest. (a) of a true ending is about "
+             "the ending of another story.", "![four histograms](copying.png)",
+             " ".join(__doc__.split("\n\n")[-1].split())]
+    for kind, i in zip(KINDS, shared["(d) 3-grams in the nearest story"].argmax(1) + [0, n]):
+        story, share = read_story(path, ends, near[3][1][i]), near[3][0][i]
+        before, mine, theirs = (marked(tokenizer, *pair) for pair in (
+            (given[i % n][-25:], []), (texts[i], story), (story, texts[i])))
+        parts += [f"## The worst of the {kind}: {share:.0%} of its 3-grams are in one story",
+                  f"| ... {before} ... | training story {near[3][1][i]:,} |\n|---|---|\n"
+                  f"| {mine} | {theirs} |"]
+    part = folder / "copying.md.part"
+    part.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    os.replace(part, folder / "copying.md")
+    print(f"\n{facts}\n\n{table}\n\nSide by side: {folder / 'copying.md'}   The picture: "
+          f"{folder / 'copying.png'}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="the folder of a run, or a checkpoint file")
+    parser.add_argument("--n", type=int, default=100, help="stories; default 100")
+    parser.add_argument("--data", help="the folder of its train.bin, if that is not in data/")
+    parser.add_argument("--temperature", type=float, default=1.0, help="default 1")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice and the completions")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    args = parser.parse_args(argv)
+    if args.n < 2 or args.temperature < 0 or args.seed < 0:
+        parser.error("--n must be 2 or more; --temperature and --seed must not be negative")
+    sys.stdout.reconfigure(errors="replace")
+    try:
+        study(args)
+    except KeyboardInterrupt:
+        print("\nStopped. The same command begins anew.", file=sys.stderr)
+        raise SystemExit(130)
+    except OSError as error:
+        raise SystemExit(f"Cannot read or write {error.filename}: {error.strerror}.")
+
+
+if __name__ == "__main__":
+    main()

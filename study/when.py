@@ -1,0 +1,185 @@
+"""What does a model learn when?
+
+    python train.py config/demo.py --out_dir=out/when --keep_checkpoints=True --save_interval=100 \\
+        --eval_interval=100
+    python -m study.when out/when                       # half a minute
+    python -m study.when out/when --prompt "Tom was sad because" --prompt "Once" --temperature 0.8
+
+A run that keeps its checkpoints can be asked again at every age. Each of them goes on with the same
+three beginnings; what they say stands one under the other in out/<run>/when.md, with the loss and,
+where grade.py has graded these checkpoints, their grades. when.png draws the curves.
+After arXiv 2305.07759, Figure 3.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import grade
+import prepare
+import sample
+import train
+
+PAPER_TOKENS = 80 * 16 * 512        # of a step
+PAPER = ("The paper (Figure 3: width 768, TinyStories, constant learning rate): grammar stops "
+         "rising after 300-500 steps, consistency and creativity go on; the validation loss of 4, "
+         "8 and 12 layers is flat from 1,000-1,500 steps on, while the training loss still falls, "
+         "and ends at 1.20, 1.18 and 1.21 nats per token (1 layer: 1.54, 2 layers: 1.31).")
+
+
+def kept(folder):
+    """The checkpoints that a run has kept, in order -> {step: file}."""
+    files = {int(re.search(r"\d+", file.stem)[0]): file for file in folder.glob("ckpt_*.pt")}
+    if not files:
+        if not (folder / "ckpt.pt").is_file():
+            sample.load_run(folder)                         # says what is missing
+        raise SystemExit(f"{folder} has kept its last checkpoint only. Train it anew, with "
+                         "--keep_checkpoints=True --save_interval=100 --overwrite=True")
+    return dict(sorted(files.items()))
+
+
+def find_grades(folder, files):
+    """What grade.py's ledger holds about checkpoints: {step: lines}, of the judge (and the wording
+    of the question) that has graded most, and that judge's name; {}, "" if there is none."""
+    step_of = {prepare.file_sha256(file)[:16]: step for step, file in files.items()}
+    lines = {line["key"]: line for line in grade.read_lines(folder / "grades.jsonl")
+             if line.get("task") == "story" and line.get("grades")
+             and line.get("checkpoint") in step_of}
+
+    def ruler(line):
+        return line["judge"], line["base_url"], line["version"], json.dumps(line["settings"])
+
+    if not lines:
+        return {}, ""
+    [(best, _)] = Counter(map(ruler, lines.values())).most_common(1)
+    graded = {}
+    for line in lines.values():
+        if ruler(line) == best:
+            graded.setdefault(step_of[line["checkpoint"]], []).append(line)
+    return graded, best[0]
+
+
+def draw(path, log, graded, checks, bound):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
+    panels = 1 + bool(graded) + bool(checks)
+    figure, axes = plt.subplots(1, panels, figsize=(2 + 5 * panels, 4.5), layout="constrained",
+                                squeeze=False, sharex=True)
+    loss, *others = axes[0]
+    for column, style in (("train_loss", "-"), ("val_loss", "o-")):
+        points = [(int(row["step"]), float(row[column])) for row in log if row[column]]
+        if points:
+            loss.plot(*zip(*points), style, label=column.replace("_", " "), markersize=4)
+    if bound:
+        loss.axhline(bound, color="gray", linestyle=":",
+                     label="the grammar's own entropy (whole stories)")
+    loss.set(ylabel="nats per token", ylim=(0, None))
+    if graded:
+        panel, steps = others[0], sorted(graded)
+        for metric in grade.NUMBERS:
+            bounds = [grade.interval(grade.scores(graded[step], metric).values()) for step in steps]
+            mean, low, high = zip(*bounds)
+            panel.errorbar(steps, mean, [[m - a for m, a in zip(mean, low)],
+                                         [b - m for m, b in zip(mean, high)]],
+                           fmt="o-", capsize=3, markersize=4, label=metric)
+        panel.set(ylabel="grade out of ten", ylim=(-0.3, 10.3))
+    if checks:
+        for name in checks[max(checks)]:
+            others[-1].plot(list(checks), [checks[step][name] for step in checks], "o-", label=name,
+                            markersize=4)
+        others[-1].set(ylabel="share of stories that pass", ylim=(-0.03, 1.03))
+    for panel in axes[0]:
+        panel.set(xscale="log", xlabel="step")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter("{x:,.0f}")
+        panel.xaxis.set_minor_formatter("")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8, loc="upper right" if panel is loss else "upper left")
+    part = path.with_name(path.name + ".part")
+    figure.savefig(part, format="png", dpi=120)
+    os.replace(part, path)
+    plt.close(figure)
+
+
+def study(args, check=None):
+    """check: a function (model, tokenizer) -> {name: share}, for what needs no judge."""
+    folder = Path(args.run).parent if Path(args.run).is_file() else Path(args.run)
+    files, meta, log = kept(folder), grade.read_meta(folder), train.read_log(folder / "log.csv")
+    dataset = meta.get("dataset", "unknown")
+    prompts = args.prompt or [row["prompt"] for row in grade.read_prompts(argparse.Namespace(
+        prompts=None, task="instruct" if dataset.endswith("instruct") else "story"),
+        dataset in prepare.SAMPLES)[:3]]
+    graded, judge = find_grades(folder, files)
+    loss_at = {int(row["step"]): row for row in log}
+    batch = int(log[-1]["tokens"]) // max(int(log[-1]["step"]), 1) if log else 0
+    rows, told, checks = {}, {}, {}
+    for step, file in files.items():
+        model, tokenizer = sample.load_run(file, args.device)
+        told[step] = sample.tell(model, tokenizer, prompts, temperature=args.temperature,
+                                 seed=args.seed, max_new_tokens=args.max_new_tokens)
+        print(f"step {step:>6,}: ... {' '.join(told[step][0].split())[:80]}", flush=True)
+        row = rows[f"step {step:,}"] = {"tokens": f"{step * batch:,}"}
+        for name in ("train_loss", "val_loss"):
+            loss = loss_at.get(step, {}).get(name)
+            row[name.replace("_", " ")] = f"{float(loss):.3f}" if loss else "-"
+        if step in graded:
+            row |= {name: grade.cell(grade.scores(graded[step], name).values())
+                    for name in grade.NUMBERS}
+        if check:
+            checks[step] = check(model, tokenizer)
+            row |= {name: f"{share:.0%}" for name, share in checks[step].items()}
+
+    bound = meta.get("entropy_bound", {}).get("nats_per_token")
+    draw(folder / "when.png", log, graded, checks, bound)
+    notes = [f"The grammar's own entropy: {bound:.3f} nats per token of whole stories."] if bound \
+        else []
+    notes += [f"Grades by {judge}: means and 95 % intervals, without empty stories." if graded else
+              "No judge has graded these checkpoints: python grade.py "
+              f"{(folder / 'ckpt_*.pt').as_posix()} --n 1"]
+    differs = f"Its steps read {PAPER_TOKENS:,} tokens each, these {batch:,}. " + (
+        "Its losses compare as far as its 10,000 tokens are alike." if dataset == "tinystories" else
+        f"This text is another one ({dataset}): compare what comes first, not the numbers.")
+    table = grade.table(rows)
+    parts = [f"# What {folder.resolve().name} learned when", table, *notes, f"{PAPER} {differs}",
+             "![curves](when.png)", f"Told at temperature {args.temperature:g} (seed {args.seed}):"]
+    for i, prompt in enumerate(prompts):
+        lines = [f"* **{step:,}** ... " + " ".join(told[step][i].split()) for step in files]
+        parts += [grade.quote(f"{prompt} ..."), "\n".join(lines).replace("<", "&lt;")]
+    part = folder / "when.md.part"
+    part.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    os.replace(part, folder / "when.md")
+    print("\n" + "\n\n".join([table, *notes]) + f"\n\nWhat it said: {folder / 'when.md'}   The "
+          f"curves: {folder / 'when.png'}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="the folder of a run")
+    parser.add_argument("--prompt", action="append", help="how a story begins; more than one "
+                        "can be given (default: the first three of data/beginnings.txt)")
+    parser.add_argument("--max_new_tokens", type=int, default=60)
+    parser.add_argument("--temperature", type=float, default=0.0, help="default 0: the likeliest")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    args = parser.parse_args(argv)
+    if args.max_new_tokens < 1 or args.temperature < 0 or args.seed < 0:
+        parser.error("--max_new_tokens must be 1 or more; --temperature and --seed not negative")
+    sys.stdout.reconfigure(errors="replace")
+    try:
+        study(args)
+    except KeyboardInterrupt:
+        print("\nStopped. The same command begins anew.", file=sys.stderr)
+        raise SystemExit(130)
+    except OSError as error:
+        raise SystemExit(f"Cannot read or write {error.filename}: {error.strerror}.")
+
+
+if __name__ == "__main__":
+    main()
