@@ -12,6 +12,7 @@ Single letters are axes:
 """
 
 import math
+import pickle
 from dataclasses import dataclass
 
 import torch
@@ -220,6 +221,14 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, grad):
         x_grad, weight_grad, count = ctx.saved_tensors
         return x_grad.float() * (grad / count), weight_grad * (grad / count), None
+
+
+def read_checkpoint(path, device="cpu"):
+    """What torch.save wrote, as long as that is tensors and plain values. ValueError: it is not."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError("it is damaged, or more than weights (it may hold code): it stays closed")
 
 
 def best_dtype(device):

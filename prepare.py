@@ -15,6 +15,7 @@ meta.json: without it, nothing is there.
 
 import argparse
 import base64
+import difflib
 import errno
 import hashlib
 import heapq
@@ -623,11 +624,14 @@ def main(argv=None):
     if base in known and (args.input or args.valid):
         parser.error(f"{args.name} has its own text; choose another name for yours")
     if base not in known and not args.input:
-        parser.error(f"{args.name!r} is none of {', '.join(known)}; for a text of your own add "
-                     "--input FILE")
+        near = difflib.get_close_matches(args.name, known, n=1)
+        parser.error(f"{args.name!r} is none of {', '.join(known)}; " + (
+            f"did you mean {near[0]}? " if near else "") + "For a text of your own add --input FILE")
     for path in (args.input, args.valid):
         if path and not os.path.isfile(path):
             parser.error(f"{path} is no file (it is missing, or a folder)")
+        if path and open(path, "rb").read(4).startswith((b"\x1f\x8b", b"PK\3\4", b"PAR1", b"BZh")):
+            parser.error(f"{path} is packed; unpack it, or turn it into plain text, first")
     if args.vocab_size is not None and not 257 <= args.vocab_size <= 65_536:
         parser.error("--vocab_size must lie between 257 (the bytes and the end mark) and 65,536 "
                      "(what uint16 holds)")

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import prepare
-from model import GPT, GPTConfig, best_dtype
+from model import GPT, GPTConfig, best_dtype, read_checkpoint
 
 FEATURES = ("Dialogue", "BadEnding", "MoralValue", "Twist", "Foreshadowing", "Conflict")
 
@@ -47,13 +47,16 @@ def load_run(path, device="auto", dtype=None):
         mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
-        checkpoint = torch.load(file, map_location=device, weights_only=True)
+        checkpoint = read_checkpoint(file, device)
         model = GPT(GPTConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["model"])
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise ValueError("some of its weights are not finite: the training has failed")
         model.to(device, dtype or best_dtype(torch.device(device).type))
         tokenizer = prepare.load_tokenizer(file.parent)
     except Exception as error:              # a damaged file can raise nearly anything
-        raise SystemExit(f"{file} cannot be read: {type(error).__name__}: {str(error)[:100]}")
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise SystemExit(f"{file} cannot be read: {why}")
     return model.eval(), tokenizer
 
 
@@ -125,7 +128,7 @@ def main(argv=None):
         parser.error(f"--features does not know {unknown.pop()}; it knows {', '.join(FEATURES)}")
     if args.num_samples < 1 or args.max_new_tokens < 1:
         parser.error("-n and --max_new_tokens must be 1 or more")
-    if args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
+    if not args.temperature >= 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
         parser.error("--temperature and --top_k must not be negative; --top_p lies in (0, 1]")
     if "-" in prompts and (len(args.runs) > 1 or len(prompts) > 1):
         parser.error("--prompt - talks with one model, and needs no other prompt")

@@ -783,19 +783,6 @@ def test_learning_rates():
     assert all(share(step + 1) <= share(step) for step in range(10, 99))
 
 
-@pytest.mark.parametrize("arguments, says", [
-    (["--learning_rat=1"], "did you mean learning_rate"), (["config/demo"], "no config file"),
-    (["--n_layer=two"], "of type int"), (["--n_layer=True"], "of type int"),
-    (["--n_layer=2.5"], "of type int"), (["--learning_rate", "=", "1"], "--name=value"),
-    (["--optimizer=sgd"], "muon, adamw"),
-    (["--batch_tokens=1000"], "multiple of block_size"), (["--max_steps=-1"], "negative")])
-def test_a_wrong_setting_gets_one_sentence(arguments, says, capsys):
-    with pytest.raises(SystemExit) as error:
-        train.load_config(arguments)
-    printed = capsys.readouterr().err
-    assert error.value.code == 2 and says in printed and len(printed.splitlines()) == 1
-
-
 def test_configs_and_overrides(tmp_path):
     for path in sorted((HERE / "config").glob("*.py")):
         loaded = train.load_config([str(path)])
@@ -1379,19 +1366,188 @@ def test_the_speed_table_has_a_row_for_each_contestant(monkeypatch, capsys):
                if line.startswith("| ours"))
 
 
-@pytest.mark.parametrize("command, code, says", [
-    (["prepare.py", "nothing"], 2, "--input"),
-    (["prepare.py", "x", "--input", "no.txt"], 2, "no file"),
-    (["prepare.py", "x", "--input", "."], 2, "a folder"),
-    (["prepare.py", HERE / "LICENSE", "--input", HERE / "LICENSE"], 1, "exists"),
-    (["prepare.py", "sample", "--vocab_size", "70000"], 2, "65,536"),
-    (["train.py", "--dataset=nowhere"], 1, "prepare.py nowhere --input"),
-    (["train.py", "--max_step=3"], 2, "max_steps"),
-    (["sample.py", "out/none"], 1, "train.py config/demo.py"),
-    (["sample.py", "x", "--temperature", "-1"], 2, "negative"), (["sample.py"], 2, "usage"),
-    (["sample.py", "x", "--features", "Dialogue, Magic"], 2, "does not know Magic"),
-    (["sample.py", "x", "--words", "a, b", "--prompt", "Tom"], 2, "not with both")])
-def test_a_mistake_gets_one_sentence(command, code, says, tmp_path):
-    done = script(*command, cwd=tmp_path, check=code)
-    assert says in done.stderr
-    assert not list(tmp_path.iterdir()) or not any(tmp_path.rglob("*.bin"))
+@pytest.fixture(scope="module")
+def broken(data, tmp_path_factory):
+    """A folder of things that have gone wrong."""
+    folder = tmp_path_factory.mktemp("broken")
+    meta = json.loads((data / "meta.json").read_text())
+    ids = np.fromfile(data / "train.bin", np.uint16)
+    for name, change in {
+            "cut": dict(train=ids[:-9].tobytes()), "odd": dict(train=ids.tobytes()[:-1]),
+            "none": dict(train=b""), "big": dict(train=np.append(ids[1:], 9999).astype("uint16")),
+            "nothing_to_validate": dict(val=ids[:20].tobytes(), counts={"val": {"tokens": 20}}),
+            "short": dict(train=ids[:40].tobytes(), counts={"train": {"tokens": 40}}),
+            "no_meta": dict(meta=None), "bad_meta": dict(meta="{"), "no_words": dict(words=b""),
+            "other_words": dict(words=b"YQ== 0\n"), "list_meta": dict(meta="[]")}.items():
+        shutil.copytree(data, folder / name)
+        for split in ("train", "val"):
+            if split in change:
+                (folder / name / f"{split}.bin").write_bytes(bytes(change[split]))
+        text = json.dumps({**meta, **change.get("counts", {})})
+        (folder / name / "meta.json").write_text(change.get("meta", text) or "")
+        if change.get("meta", "") is None:
+            (folder / name / "meta.json").unlink()
+        if "words" in change:
+            (folder / name / "tokenizer.tiktoken").write_bytes(change["words"])
+    for name in ("run", "nan", "no_tokenizer"):
+        train.train(settings(data, folder / name, "--max_steps=2"))
+    (folder / "no_tokenizer" / "tokenizer.tiktoken").unlink()
+    whole = torch.load(folder / "run" / "ckpt.pt", weights_only=True)
+    whole["model"]["token_embedding.weight"][0, 0] = math.nan
+    torch.save(whole, folder / "nan" / "ckpt.pt")
+
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(folder / "hacked"),))
+
+    raw = (folder / "run" / "ckpt.pt").read_bytes()
+    for name, content in {"empty": b"", "torn": raw[:len(raw) // 2], "text": b"Hello"}.items():
+        (folder / f"{name}.pt").write_bytes(content)
+    torch.save({"model": Evil()}, folder / "evil.pt")
+    torch.save({"weights": torch.zeros(2)}, folder / "foreign.pt")
+    for name in ("empty", "torn", "evil", "foreign"):       # in the place of a run's own
+        (folder / f"run_{name}").mkdir()
+        shutil.copy(folder / f"{name}.pt", folder / f"run_{name}" / "ckpt.pt")
+    for name, content in {"empty.txt": b"", "blank.txt": b" \n<|endoftext|>\n", "one.txt": b"One.",
+                          "zipped.txt": b"\x1f\x8b\x08\0", "bad.jsonl": b'{"prompt": 1}\n',
+                          "syntax.py": b"n_layer = (", "crash.py": b"1 / 0", "typo.py": b"n_layr=1",
+                          "words.txt": b"Tom sat."}.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+MISTAKES = """
+prepare.py nothing                                      2  add --input FILE
+prepare.py sampel                                       2  did you mean sample
+prepare.py x --input no.txt                             2  no.txt is no file
+prepare.py x --input .                                  2  a folder
+prepare.py x --input one.txt --valid no.txt             2  no.txt is no file
+prepare.py sample --input one.txt                       2  has its own text
+prepare.py sample --vocab_size 70000                    2  65,536
+prepare.py sample --vocab_size 200                      2  257
+prepare.py sample --vocab_size many                     2  invalid int
+prepare.py sample --tokenizer gpt3                      2  invalid choice
+prepare.py sample --froce                               2  unrecognized arguments
+prepare.py                                              2  required: name
+prepare.py {broken}/x1 --input empty.txt --tokenizer bpe   1  nothing left for
+prepare.py {broken}/x2 --input blank.txt --tokenizer bpe   1  nothing left for
+prepare.py {broken}/x3 --input one.txt --tokenizer bpe     1  nothing left for
+prepare.py {broken}/x4 --input zipped.txt               2  is packed
+prepare.py {broken}/words.txt --input one.txt           1  exists
+prepare.py {broken}/run_ok --input one.txt --tokenizer bpe --vocab_size 300 --valid one.txt  1  nothing left for
+train.py nowhere.py                                     2  no config file nowhere.py
+train.py config/demo                                    2  no config file config/demo
+train.py --learning_rat=1                               2  did you mean learning_rate
+train.py --max_step=3                                   2  did you mean max_steps
+train.py --xyzzy=3                                      2  -h lists them
+train.py --n_layer=two                                  2  of type int
+train.py --n_layer=True                                 2  of type int
+train.py --n_layer=2.5                                  2  of type int
+train.py --n_layer=                                     2  of type int
+train.py --qk_norm=1                                    2  of type bool
+train.py --learning_rate = 1                            2  --name=value
+train.py --learning_rate=nan                            2  of type float
+train.py --learning_rate=0                              2  more than 0
+train.py --learning_rate=1e400                          2  finite
+train.py --optimizer=sgd                                2  muon, adamw
+train.py --schedule=cosin                               2  constant, cosine, linear
+train.py --device=gpu                                   2  auto, cpu, cuda, mps
+train.py --dtype=fp16                                   2  bfloat16
+train.py --batch_tokens=1000                            2  multiple of block_size
+train.py --max_steps=-1                                 2  negative
+train.py --seed=-1                                      2  negative
+train.py --log_interval=0                               2  more than 0
+train.py --decay=2                                      2  between 0 and 1
+train.py --momentum=-1                                  2  between 0 and 1
+train.py syntax.py                                      2  SyntaxError
+train.py crash.py                                       2  ZeroDivisionError
+train.py typo.py                                        2  did you mean n_layer
+train.py --dataset=nowhere                              1  prepare.py nowhere --input
+train.py --dataset={broken}/no_meta                     1  no prepared data set
+train.py --dataset={broken}/bad_meta                    1  is damaged
+train.py --dataset={broken}/list_meta                   1  is damaged
+train.py --dataset={broken}/no_words                    1  is damaged
+train.py --dataset={broken}/other_words                 1  its tokenizer 2.
+train.py --dataset={broken}/cut                         1  does not hold
+train.py --dataset={broken}/odd                         1  does not hold
+train.py --dataset={broken}/none                        1  does not hold
+train.py --dataset={broken}/big                         1  holds the id 9999
+train.py --dataset={broken}/short --block_size=32 --batch_tokens=256  1  needs 64 at least
+train.py --dataset={broken}/nothing_to_validate --block_size=32 --batch_tokens=256  1  a window takes 33
+train.py --dataset={data} --story_only=True             1  has no instructions
+train.py --dataset={data} --n_head=3                    2  not a multiple of n_head
+train.py --dataset={data} --n_layer=0                   2  must be 1 or more
+train.py --dataset={data} --pos=sin                     2  must be one of
+train.py --dataset={data} --dropout=1                   2  dropout must lie
+train.py --dataset={data} --micro_batch=3 --block_size=32 --batch_tokens=256  2  micro-batches of 3
+train.py --dataset={data} --device=cuda                 1  no CUDA device
+train.py --dataset={data} --device=mps                  1  no Apple GPU
+train.py --dataset={data} --out_dir={broken}/run        1  --overwrite=True
+train.py --dataset={data} --out_dir={broken}/run_empty  1  cannot be read
+train.py --dataset={data} --out_dir={broken}/run_torn   1  cannot be read
+train.py --dataset={data} --out_dir={broken}/run_evil   1  cannot be read
+train.py --dataset={data} --out_dir={broken}/run_foreign   1  cannot be read
+train.py --dataset={data} --out_dir={broken}/words.txt  1  Cannot read or write
+sample.py                                               2  required: runs
+sample.py out/none                                      1  train.py config/demo.py
+sample.py {broken}                                      1  no trained model
+sample.py {broken}/empty.pt                             1  cannot be read
+sample.py {broken}/torn.pt                              1  cannot be read
+sample.py {broken}/text.pt                              1  cannot be read
+sample.py {broken}/evil.pt                              1  may hold code
+sample.py {broken}/foreign.pt                           1  cannot be read
+sample.py {broken}/no_tokenizer                         1  tokenizer.tiktoken
+sample.py {broken}/nan                                  1  not finite
+sample.py {broken}/run --temperature -1                 2  negative
+sample.py {broken}/run --temperature nan                2  negative
+sample.py {broken}/run --top_p 0                        2  lies in (0, 1]
+sample.py {broken}/run --top_k -1                       2  negative
+sample.py {broken}/run -n 0                             2  must be 1 or more
+sample.py {broken}/run --max_new_tokens 0               2  must be 1 or more
+sample.py {broken}/run --device cuda                    2  no CUDA device
+sample.py {broken}/run --features Dialogue,Magic        2  does not know Magic
+sample.py {broken}/run --words a,b --prompt Tom         2  not with both
+sample.py {broken}/run {broken}/run --prompt -          2  talks with one model
+grade.py                                                2  required: runs
+grade.py out/none                                       1  no trained model
+grade.py no.jsonl                                       2  no such file
+grade.py bad.jsonl                                      1  has no text
+grade.py empty.txt --n 0                                2  must be 1 or more
+grade.py {broken}/run --prompts no.txt                  2  no such file
+grade.py {broken}/run --prompts words.txt --task instruct  1  does not hold what
+grade.py {broken}/run --prompts paper --task probes     2  is for stories
+grade.py {broken}/run --base-url localhost:1            2  must begin with http
+grade.py {broken}/run --base-url http://127.0.0.1:9/v1 --yes  1  Cannot reach
+grade.py {broken}/run --price-in 1                      2  both prices, or none
+grade.py {broken}/run --judge unknown --max-cost 1      2  not in PRICES
+grade.py {broken}/run --temperature -1                  2  negative
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_sentence(mistake, broken, data, monkeypatch, capsys):
+    command, code, says = re.fullmatch(r"(.*?)  +(\d)  (.*)", mistake).groups()
+    name, *arguments = command.format(broken=broken, data=data).split()
+    before = {path: path.stat().st_mtime_ns for path in broken.rglob("*") if path.is_file()}
+    monkeypatch.chdir(broken)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    scripts = {"prepare.py": prepare, "train.py": train, "sample.py": sample, "grade.py": grade}
+    with pytest.raises(SystemExit) as end:
+        scripts[name].main(arguments)
+    printed = capsys.readouterr().err
+    if not isinstance(end.value.code, int):                 # Python prints it, and exits with 1
+        printed, end.value.code = printed + end.value.code, 1
+    sentence = " ".join(printed.rpartition("error: ")[2].split())
+    assert end.value.code == int(code) and says in sentence, printed
+    assert len(sentence) < 500 and "Traceback" not in printed
+    assert not (broken / "hacked").exists()                 # a pickle has not run
+    after = {path: path.stat().st_mtime_ns for path in before}      # nothing has been overwritten
+    assert after == before
+
+
+def test_no_mistake_ends_in_a_traceback(tmp_path):
+    """The same through the real commands, one of each."""
+    for command, code in ((["prepare.py", "nothing"], 2), (["train.py", "--max_step=3"], 2),
+                          (["sample.py", "out/none"], 1), (["grade.py", "no.jsonl"], 2)):
+        script(*command, cwd=tmp_path, check=code)
+    assert not [*tmp_path.iterdir()]

@@ -32,7 +32,7 @@ import torch.distributed as dist
 import torch.nn as nn
 
 import prepare
-from model import GPT, GPTConfig, best_dtype
+from model import GPT, GPTConfig, best_dtype, read_checkpoint
 
 
 @dataclass
@@ -146,13 +146,17 @@ def load_config(argv):
                     put(key, value, arg)
             name = path.stem
     settings = Settings(**{"out_dir": f"out/{name}", **values})
-    for key in ("learning_rate", "batch_tokens", "block_size", "log_interval"):
-        if getattr(settings, key) <= 0:
-            wrong(f"{key} is {getattr(settings, key)}; it must be more than 0")
-    for key in ("warmup_steps", "max_steps", "eval_interval", "eval_tokens", "save_interval",
-                "micro_batch", "grad_clip", "weight_decay", "seed"):
-        if getattr(settings, key) < 0:
-            wrong(f"{key} is {getattr(settings, key)}; it must not be negative")
+    for keys, good, must in (
+            (("learning_rate", "batch_tokens", "block_size", "log_interval"),
+             lambda x: 0 < x < math.inf, "must be more than 0, and finite"),
+            (("warmup_steps", "max_steps", "eval_interval", "eval_tokens", "save_interval",
+              "micro_batch", "grad_clip", "weight_decay", "seed"),
+             lambda x: 0 <= x < math.inf, "must not be negative"),
+            (("decay", "final_lr", "momentum", "beta2"), lambda x: 0 <= x <= 1,
+             "must lie between 0 and 1")):
+        for key in keys:
+            if not good(getattr(settings, key)):
+                wrong(f"{key} is {getattr(settings, key)}; it {must}")
     if settings.batch_tokens % settings.block_size:
         wrong(f"batch_tokens {settings.batch_tokens} is not a multiple of block_size "
               f"{settings.block_size}")
@@ -453,7 +457,7 @@ def take_up(settings, folder, meta):
     if settings.overwrite or not path.exists():
         return None
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = read_checkpoint(path)
         old, old_meta = checkpoint["settings"], checkpoint["meta"]
     except Exception as error:              # a damaged file can raise nearly anything
         raise SystemExit(f"{path} cannot be read ({type(error).__name__}: {str(error)[:80]}). "
@@ -466,7 +470,8 @@ def take_up(settings, folder, meta):
     elif differ:
         go_on = "add --resume=True to go on with these" if HARMLESS.issuperset(differ) else \
             "go on with the settings from there"
-        raise SystemExit(f"{folder} holds a run with other settings: {', '.join(differ.values())}. "
+        shown = ", ".join([*differ.values()][:4]) + f" and {len(differ) - 4} more" * (len(differ) > 4)
+        raise SystemExit(f"{folder} holds a run with other settings: {shown}. "
                          f"Either {go_on}, or choose another --out_dir, or throw that run away "
                          "with --overwrite=True.")
     if old_meta != meta:
@@ -509,6 +514,15 @@ def train(settings):
     if rows % (world * micro):
         wrong(f"batch_tokens / block_size = {rows} rows cannot be dealt to {world} process(es) in "
               f"micro-batches of {micro}")
+    mark = meta.get("story_mark", (-1,)) if settings.story_only else ()
+    windows, stories = validation(data / "val.bin", meta, T, settings.eval_tokens, min(micro, 16),
+                                  mark)
+    if not any((y >= 0).any() for _, y in windows):
+        raise SystemExit(f"{data} has no instructions (nothing stands after a line that begins with "
+                         "Story:), so story_only has nothing to count.")
+    tokenizer = prepare.load_tokenizer(data)
+    bits = bits_per_byte(windows, tokenizer)
+    bound = None if settings.story_only else meta.get("entropy_bound", {}).get("nats_per_token")
 
     folder = Path(settings.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -557,15 +571,6 @@ def train(settings):
         + (f"; going on from step {step:,}" if step else ""))
     if twins := meta.get("counts", {}).get("kept: also in validation"):
         say(f"{twins:,} stories of the training text stand in validation, too: its loss flatters.")
-    mark = meta.get("story_mark", (-1,)) if settings.story_only else ()
-    windows, stories = validation(data / "val.bin", meta, T, settings.eval_tokens, min(micro, 16),
-                                  mark)
-    if not any((y >= 0).any() for _, y in windows):
-        raise SystemExit(f"{data} has no instructions (nothing stands after a line that begins with "
-                         "Story:), so story_only has nothing to count.")
-    tokenizer = prepare.load_tokenizer(data)
-    bits = bits_per_byte(windows, tokenizer)
-    bound = None if settings.story_only else meta.get("entropy_bound", {}).get("nats_per_token")
 
     start, clock, clock_step, norm, saved = step, time.time(), step, None, True
     while True:

@@ -11,7 +11,6 @@ any other, out/TinyStories-33M/, which every script can read.
 
 import json
 import math
-import pickle
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import prepare
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, read_checkpoint
 
 # The paper's switches, what GPT-Neo's config.json calls our sizes, and what its files call our
 # weights (to be replaced in this order).
@@ -53,11 +52,7 @@ def read_weights(folder):
     """The tensors of a released model: those of model.safetensors, or of pytorch_model.bin."""
     file, weights = folder / "model.safetensors", {}
     if not file.is_file():
-        file = folder / "pytorch_model.bin"
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:
-            raise ValueError(f"{file} is more than weights: it may hold code, so it stays closed")
+        return read_checkpoint(folder / "pytorch_model.bin")
     raw = bytearray(file.read_bytes())      # the size of the header, the header, the numbers
     start = 8 + int.from_bytes(raw[:8], "little")
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
