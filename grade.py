@@ -23,6 +23,7 @@ import random
 import re
 import sys
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import datetime, timezone
@@ -73,10 +74,9 @@ GRADE = {
 TASKS = {"Features": "Let it have: ", "Words": "Use the words: ", "Summary": "What happens: ",
          "Random sentence": "This sentence must stand in it: "}     # instructions in plain words
 
-PRICES = {"gpt-6-luna": (0.10, 0.50), "gpt-6-sol": (2.00, 10.00)}   # November 2026: dollars per
-                                                                    # million tokens in and out
+# November 2026: dollars per million tokens in and out.
+PRICES = {"gpt-6-luna": (0.10, 0.50), "gpt-6-sol": (2.00, 10.00), "me": (0.0, 0.0)}
 TIMEOUT, RETRIES = 60, 6        # seconds for an answer; how often what passes is tried again
-LONGEST = 1_000                 # tokens of a reply at most
 ANCHORED = 10                   # prompts whose anchors are graded, too
 
 NUMBERS = ("grammar", "creativity", "consistency", "plot")          # out of ten
@@ -141,20 +141,14 @@ def spoken(reply):
 def parse(text, task):
     """What a judge wrote -> {name: grade}, or the reason why it cannot be counted (a str). What is
     missing, unclear or said in two ways is not guessed: better no grade than a wrong one."""
-    pairs, grades = [], {}
-    for span in re.findall(r"\{[^{}]*\}", text):            # the last JSON object that grades
-        try:
-            read = json.loads(span, object_pairs_hook=list)
-        except ValueError:
-            continue
-        read = [(key.lower().replace("_", " "), str(value)) for key, value in read]
-        pairs = read if any(key in wanted(task) for key, _ in read) else pairs
+    grades, signs = {}, r"[\"'*_`\s]*"                     # of JSON and Markdown
+    spans = [span for span in re.findall(r"\{[^{}]*\}", text)
+             if any(name in span.lower() for name in wanted(task))]
     for name, choices in wanted(task).items():
-        kind = rf"(?:{'|'.join(choices)})\b" if choices else r"-?\d[\d.]*(?: *(?:/|out of) *\d+)?"
-        signs = r"[\"'*_`\s]*"                              # of JSON and Markdown
-        said = {value for key, value in pairs if key in (name, name + " group")} if pairs else {
-            *re.findall(rf"(?i)\b{name}(?:[ _]group)?{signs}(?:[:=|]|\bis\b){signs}({kind})", text)}
-        form = kind if choices else r"(\d+(?:\.\d+)?)(?: *(?:/|out of) *10)?\.?$"
+        kind = rf"(?:{'|'.join(choices)})" if choices else r"-?\d[\d.]*(?: *(?:/|out of) *\d+)?"
+        said = {*re.findall(rf"(?i)\b{name}(?:[ _]group)?{signs}(?:[:=|]|\bis\b){signs}({kind})\b",
+                            spans[-1] if spans else text)}  # the last JSON that grades, or all
+        form = kind if choices else r"(\d+(?:\.\d+)?)(?: *(?:/|out of) *10)?$"
         found = re.match("(?i)" + form, min(said, default=""))
         if len(said) != 1 or not found:
             return f"no single {name}: " + (" and ".join(sorted(said)) or "none")[:60]
@@ -327,7 +321,7 @@ def anchors(rows, lines):
 # ------------------------------------------------------------------------------------- the judge
 
 def is_local(url):
-    host = urlsplit(url).hostname or ""
+    host = urlsplit(url).hostname or "localhost"
     try:
         return ipaddress.ip_address(host).is_private
     except ValueError:
@@ -336,23 +330,27 @@ def is_local(url):
 
 class Judge:
     """Whoever is asked, by several threads at once: what it costs, which settings it does not want,
-    and why nobody must ask it any more (`stop`, empty as long as there is no reason)."""
+    and why nobody must ask it any more (`stop`, empty as long as there is no reason). Without a
+    base_url it is you."""
 
-    def __init__(self, args):
-        self.args, self.name, self.me = args, args.judge, args.judge == "me"
-        url = urlsplit("" if self.me else args.base_url)
+    def __init__(self, args, name, temperature=0, longest=1_000):
+        self.args, self.name, self.me, self.longest = args, name, not args.base_url, longest
+        url = urlsplit(args.base_url)
         self.url = url._replace(netloc=url.netloc.rpartition("@")[2], query="").geturl()
-        dated = re.sub(r"-\d{4}-\d\d-\d\d$", "", args.judge)      # a version of the same model
-        self.price = (0.0, 0.0) if self.me else PRICES.get(dated) if args.price_in is None else (
-            args.price_in, args.price_out)
-        self.settings = {} if self.me else {"temperature": 0, "reasoning_effort": "none", (
-            "max_completion_tokens" if "api.openai.com" in self.url else "max_tokens"): LONGEST}
+        dated = re.sub(r"-\d{4}-\d\d-\d\d$", "", name)           # a version of the same model
+        self.price = PRICES.get(dated) if args.price_in is None else (args.price_in, args.price_out)
+        limit = "max_completion_tokens" if "api.openai.com" in self.url else "max_tokens"
+        self.settings = {} if self.me else {
+            "temperature": temperature, "reasoning_effort": "none", limit: longest}
         self.client, self.models, self.key, self.lock = None, [], "", threading.Lock()
         self.dropped, self.stop, self.code, self.failed = set(), "", 0, 0
         self.spent, self.held = 0.0, 0.0    # dollars paid, and set aside for calls under way
 
     def cost(self, tokens):
         return sum(n * price for n, price in zip(tokens, self.price or (0, 0))) / 1e6
+
+    def paid(self):
+        return f", ${self.spent:.2f}" * bool(self.price)
 
     def connect(self):
         """Make the client, and see that somebody is there."""
@@ -391,10 +389,7 @@ class Judge:
 
     def ask(self, messages, **more):
         """One call -> what is stored of the reply, or the reason why there is none (a str)."""
-        if self.me:
-            return ask_me(self.args.task, messages, more)
-        letters = sum(len(message["content"]) for message in messages)
-        most = self.cost((letters / 3, LONGEST))            # what a call can cost
+        most = self.cost((letters(messages) / 3, self.longest))         # what a call can cost
         settings = {**self.settings, **more}
         while True:
             with self.lock:
@@ -447,7 +442,7 @@ class Judge:
         elif status in (401, 403):
             self.halt(f"{self.url} does not take the key in OPENAI_API_KEY ({why})")
         elif status == 404:
-            self.halt(f"{self.url} has no judge {self.name!r} ({why}). "
+            self.halt(f"{self.url} has no model {self.name!r} ({why}). "
                       + f"It has {', '.join(self.models[:40])}" * bool(self.models))
         return why
 
@@ -465,6 +460,101 @@ def read_reply(raw):
     return {"text": text, "refusal": getattr(message, "refusal", None), "model": raw.model,
             "finish": choices[0].finish_reason,
             "tokens": tokens if all(isinstance(n, int) for n in tokens) else None}
+
+
+def letters(messages):
+    return sum(len(message["content"]) for message in messages)
+
+
+def go_on(judge, what, first, calls, tokens):
+    """Say what is to be asked and what it may cost -> 0 to go on, or the exit code. first: the
+    messages of the first call, which a dry run shows."""
+    args, cost, far = judge.args, judge.cost(tokens), not is_local(judge.url)
+    if args.dry_run:
+        for message in first:
+            print(f"[{message['role']}]\n{message['content']}\n")
+        print(f"[settings]\n{json.dumps(judge.settings)}\n")
+    judge.connect()
+    print(f"{what}: {calls:,} calls, about {tokens[0]:,} tokens in and {tokens[1]:,} out, "
+          + (f"about ${cost:.2f}." if judge.price else "at an unknown price.")
+          + f" They leave this machine for {judge.url}." * far)
+    if args.dry_run or args.yes or (cost <= 1 if judge.price else not far):
+        return 0
+    if not sys.stdin.isatty():
+        print("Add --yes to go on.", file=sys.stderr)
+        return 2
+    return int(input("Go on? [y/N] ").strip().lower() not in ("y", "yes"))
+
+
+def ask_all(judge, ask, todo, label):
+    """Call ask(item) for all, several at a time. Ctrl-C waits for the answers under way."""
+    live, shown, start = sys.stderr.isatty(), 0, time.time()
+    pool = ThreadPoolExecutor(judge.args.workers)
+    try:
+        ends = map(ask, todo) if judge.me else (
+            job.result() for job in as_completed([pool.submit(ask, item) for item in todo]))
+        for done, _ in enumerate(ends, 1):
+            if not judge.stop and (live or 10 * done // len(todo) > shown):
+                shown = 10 * done // len(todo)
+                left = (time.time() - start) / done * (len(todo) - done)
+                line = f"{label} {done:,} of {len(todo):,}{judge.paid()}, {left:.0f} s left"
+                print(f"\r{line:79}" if live else line,
+                      end="" if live and done < len(todo) else "\n", file=sys.stderr)
+    except OSError as error:
+        judge.halt(f"Cannot write {error.filename}: {error.strerror}")
+    except (KeyboardInterrupt, EOFError):
+        judge.halt("Stopped", 130)
+        print("" if judge.me else "\nWaiting for the answers under way (once more to leave at "
+              "once) ...", file=sys.stderr)
+    try:
+        pool.shutdown(cancel_futures=bool(judge.stop))
+    except KeyboardInterrupt:
+        os._exit(130)
+
+
+def add_options(parser):
+    """The options of every command that asks a model of a server."""
+    add = parser.add_argument
+    add("--base-url", default=os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1")
+    add("--workers", type=int, default=8, help="calls at a time")
+    add("--dry-run", action="store_true", help="show a first request and the price; ask nothing")
+    add("--max-cost", type=float, help="dollars that this command may spend")
+    add("--price-in", type=float, help="dollars per million tokens")
+    add("--price-out", type=float)
+    add("--yes", action="store_true", help="do not ask above $1")
+
+
+def check_options(parser, args, name, *more):
+    """End with a sentence if one is wrong. more: pairs of (is it wrong, why) of the command."""
+    dollars = [args.max_cost or 0, args.price_in or 0, args.price_out or 0]
+    for wrong, why in (
+            (args.workers < 1, "--workers must be 1 or more"),
+            (not all(0 <= number < 1e9 for number in dollars), "no price may be negative"),
+            ((args.price_in is None) != (args.price_out is None), "give both prices, or none"),
+            (not re.match(r"https?://[^/]", args.base_url), "--base-url must begin with http://"),
+            *more):
+        if wrong:
+            parser.error(why)
+    if args.max_cost is not None and not Judge(args, name).price:
+        parser.error(f"--max-cost needs --price-in and --price-out: {name} is not in PRICES")
+
+
+def finish(command, args):
+    """Run command(args) and leave with the exit code that it returns."""
+    sys.stdout.reconfigure(errors="replace")
+    try:
+        code = command(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on.", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:                 # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = 0
+    except OSError as error:
+        raise SystemExit(f"Cannot read or write {error.filename}: {error.strerror}.")
+    if code:
+        raise SystemExit(code)
 
 
 def ask_me(task, messages, more):
@@ -492,7 +582,7 @@ def judge_one(judge, item):
     while not {"grades", "reason", "failed"} & {*line}:
         talk, form = second_turn(task, messages, spoken(line["replies"][0])) if line["replies"] \
             else (messages, {})
-        reply = judge.ask(talk, **form)
+        reply = ask_me(task, talk, form) if judge.me else judge.ask(talk, **form)
         if isinstance(reply, str) and judge.stop:
             return                          # not the item's fault: the next run asks it again
         line = {**line, "failed": reply} if isinstance(reply, str) else \
@@ -500,34 +590,6 @@ def judge_one(judge, item):
         line["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         append(item["folder"] / "grades.jsonl", line)
         item["line"] = line
-
-
-def judge_all(judge, todo):
-    """Ask about all items, several at a time. Ctrl-C waits for the answers that are under way."""
-    live, shown = sys.stderr.isatty(), 0
-    pool = ThreadPoolExecutor(judge.args.workers)
-    try:
-        if judge.me:                        # blind: neither name nor order tells whose it is
-            for item in random.Random(0).sample(todo, len(todo)):
-                judge_one(judge, item)
-        jobs = [pool.submit(judge_one, judge, item) for item in todo if not judge.me]
-        for done, job in enumerate(as_completed(jobs), 1):
-            job.result()
-            if not judge.stop and (live or 10 * done // len(todo) > shown):
-                shown = 10 * done // len(todo)
-                paid = f", ${judge.spent:.2f}" if judge.price else ""
-                print("\r" * live + f"judged {done} of {len(todo)}" + paid,
-                      end="" if live and done < len(todo) else "\n", file=sys.stderr)
-    except OSError as error:
-        judge.halt(f"Cannot write {error.filename}: {error.strerror}")
-    except (KeyboardInterrupt, EOFError):
-        judge.halt("Stopped", 130)
-        print("" if judge.me else "\nWaiting for the answers under way (once more to leave at "
-              "once) ...", file=sys.stderr)
-    try:
-        pool.shutdown(cancel_futures=bool(judge.stop))
-    except KeyboardInterrupt:
-        os._exit(130)
 
 
 # --------------------------------------------------------------------------------- the statistics
@@ -809,42 +871,25 @@ def find_items(args, judge):
     return items
 
 
-def go_on(args, judge, items, todo):
-    """Show what is to be asked, and what it may cost -> 0 to go on, or the exit code."""
-    asked = sum(len((item["line"] or {"replies": []})["replies"]) for item in todo)
-    letters = sum(len(message["content"]) for item in todo
-                  for message in first_turn(args.task, item))
-    tokens = letters // 2 + 400 * len(todo), 250 * len(todo)        # four letters a token, twice
-    cost, far = judge.cost(tokens), not is_local(judge.url) and not judge.me
-    print(f"{len(items)} stories and anchors, {len(todo)} of them to be judged: "
-          f"{2 * len(todo) - asked} calls, about {tokens[0]:,} tokens in and {tokens[1]:,} out, "
-          + (f"about ${cost:.2f}." if judge.price else "at an unknown price.")
-          + f" The stories leave this machine for {judge.url}." * far)
-    if args.dry_run or args.yes or (cost <= 1 if judge.price else not far):
-        return 0
-    if not sys.stdin.isatty():
-        print("Add --yes to go on.", file=sys.stderr)
-        return 2
-    return int(input("Go on? [y/N] ").strip().lower() not in ("y", "yes"))
-
-
 def grade(args):
     """All stages -> the exit code."""
-    judge = Judge(args)
+    judge = Judge(args, args.judge)
     items = find_items(args, judge)
     todo = {item["key"]: item for item in items if not item["empty"]
             and not {"grades", "reason"} & {*(item["line"] or {})}}
     queue = sorted(todo.values(), key=lambda item: item["rep"])     # stopped early, it has still
-    if args.dry_run:                                                # seen every prompt
-        for message in first_turn(args.task, (queue or items)[0]):
-            print(f"[{message['role']}]\n{message['content']}\n")
-        print(f"[settings]\n{json.dumps(judge.settings)}; a second turn asks for the grades\n")
-        return go_on(args, judge, items, queue)
-    if queue and not args.reparse:
-        judge.connect()
-        if code := go_on(args, judge, items, queue):
+    if args.dry_run or queue and not args.reparse:                  # seen every prompt
+        asked = sum(len((item["line"] or {"replies": []})["replies"]) for item in queue)
+        long = sum(letters(first_turn(args.task, item)) for item in queue)
+        code = go_on(judge, f"{len(items)} stories and anchors, {len(queue)} of them to be judged "
+                     "in two turns", first_turn(args.task, (queue or items)[0]),
+                     2 * len(queue) - asked,                        # four letters a token, twice
+                     (long // 2 + 400 * len(queue), 250 * len(queue)))
+        if code or args.dry_run:
             return code
-        judge_all(judge, queue)
+        if judge.me:                        # blind: neither name nor order tells whose it is
+            random.Random(0).shuffle(queue)
+        ask_all(judge, lambda item: judge_one(judge, item), queue, "judged")
     if judge.code == 130:
         print("Stopped. What was judged is kept; the same command goes on.", file=sys.stderr)
         return 130
@@ -861,9 +906,8 @@ def grade(args):
         print(f"Nothing is scored yet ({items[0]['why']}).")
     bad = sum(not item["grades"] for item in items)
     if judge.stop:
-        paid = f", ${judge.spent:.2f} spent" if judge.price else ""
-        print(f"{judge.stop}. Graded: {len(items) - bad} of {len(items)}{paid}. The same command "
-              "goes on.", file=sys.stderr)
+        print(f"{judge.stop}. Graded: {len(items) - bad} of {len(items)}{judge.paid()}. The same "
+              "command goes on.", file=sys.stderr)
         return judge.code
     if bad > 0.05 * len(items):
         print(f"{bad} of {len(items)} are unscored: do not trust the means. The same command asks "
@@ -882,53 +926,28 @@ def main(argv=None):
     add("--prompts", help="paper: the 44 published ones; or a file like those in data/, or one of "
         f"stories between lines {prepare.MARK}, which are cut")
     add("--judge", default="gpt-6-luna", help="a model of the server; or me")
-    add("--base-url", default=os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1")
-    add("--workers", type=int, default=8, help="calls at a time")
-    add("--dry-run", action="store_true", help="show a first request and the price; ask nothing")
     add("--reparse", action="store_true", help="read the stored replies again; ask nothing")
-    add("--max-cost", type=float, help="dollars that this command may spend")
-    add("--price-in", type=float, help="dollars per million tokens")
-    add("--price-out", type=float)
-    add("--yes", action="store_true", help="do not ask above $1")
     add("--anchors", action=argparse.BooleanOptionalAction, default=True)
     add("--temperature", type=float, help="of the pupil (default 1; probes: 0)")
     add("--max_new_tokens", type=int, help="of a story (default 400; probes: 40)")
     add("--seed", type=int, default=0)
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    add_options(parser)
     args = parser.parse_args(argv)
     for name, usual in (("n", (10, 1)), ("temperature", (1.0, 0.0)), ("max_new_tokens", (400, 40))):
         if getattr(args, name) is None:
             setattr(args, name, usual[args.task == "probes"])
-    numbers = [args.temperature, args.seed] + [value for value in (
-        args.max_cost, args.price_in, args.price_out) if value is not None]
     files = [run for run in args.runs if run.endswith(".jsonl")] + (
         [args.prompts] if args.prompts not in (None, "paper") else [])
-    for wrong, why in (
-            (min(args.n, args.workers, args.max_new_tokens) < 1,
-             "--n, --workers and --max_new_tokens must be 1 or more"),
-            (not all(0 <= number < 1e9 for number in numbers), "no number may be negative"),
-            ((args.price_in is None) != (args.price_out is None), "give both prices, or none"),
-            (not re.match(r"https?://[^/]", args.base_url), "--base-url must begin with http://"),
-            (args.prompts == "paper" and args.task != "story", "--prompts paper is for stories"),
-            (not all(map(os.path.isfile, files)), f"no such file: {' or '.join(files)}")):
-        if wrong:
-            parser.error(why)
-    if args.max_cost is not None and not Judge(args).price:
-        parser.error(f"--max-cost needs --price-in and --price-out: {args.judge} is not in PRICES")
-    sys.stdout.reconfigure(errors="replace")
-    try:
-        code = grade(args)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("\nStopped. The same command goes on.", file=sys.stderr)
-        code = 130
-    except BrokenPipeError:                 # | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code = 0
-    except OSError as error:
-        raise SystemExit(f"Cannot read or write {error.filename}: {error.strerror}.")
-    if code:
-        raise SystemExit(code)
+    check_options(
+        parser, args, args.judge,
+        (min(args.n, args.max_new_tokens) < 1, "--n and --max_new_tokens must be 1 or more"),
+        (not 0 <= args.temperature < 1e9 or args.seed < 0, "no number may be negative"),
+        (args.prompts == "paper" and args.task != "story", "--prompts paper is for stories"),
+        (not all(map(os.path.isfile, files)), f"no such file: {' or '.join(files)}"))
+    if args.judge == "me":
+        args.base_url = ""
+    finish(grade, args)
 
 
 if __name__ == "__main__":

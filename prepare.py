@@ -156,16 +156,21 @@ class Story:
         raise SystemExit(f"The grammar cannot tell its plot {self.plot['name']!r}: {why}.")
 
     def record(self):
-        """The story as TinyStories-Instruct has it: some fields in some order, then the story."""
-        sentences = re.split(r'(?<=[.!?])\s+|(?<=[.!?]")\s+', self.text)[1:]
-        whole = [text for text in sentences if text.count('"') % 2 == 0]    # none cut in speech
-        values = {"Features": ", ".join(sorted(self.features)),
-                  "Words": self.tell(self.plot["words"]),
-                  "Summary": self.tell(self.plot["summary"]),
-                  "Random sentence": self.choose(whole)}
-        order = [field for field in self.choose(FIELD_ORDERS) if values[field]]
-        fields = "\n".join(f"{field}: {values[field]}" for field in order)
-        return f"{fields}\nStory: \n\n{self.text}"
+        return write_record(self.text, self.choose, {
+            "Features": ", ".join(sorted(self.features)), "Words": self.tell(self.plot["words"]),
+            "Summary": self.tell(self.plot["summary"])})
+
+
+def write_record(text, choose, values):
+    """A story as TinyStories-Instruct has it: some fields in some order, then the story. choose: of
+    a list; values: {field: text, or "" if there is none}, but for the random sentence."""
+    sentences = re.split(r'(?<=[.!?])\s+|(?<=[.!?]["”])\s+', text)[1:]
+    whole = [one for one in sentences if "\n" not in one and       # none cut in speech
+             len(re.findall('["“”]', one)) % 2 == 0]
+    values = {**values, "Random sentence": choose(whole or [""])}
+    order = choose([order for order in FIELD_ORDERS if all(map(values.get, order))])
+    fields = "\n".join(f"{field}: {values[field]}" for field in order)
+    return f"{fields}\nStory: \n\n{text}"
 
 
 def tell_sample(folder, instruct, seed=0, grammar=HERE / "data" / "grammar.txt"):
