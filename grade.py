@@ -23,7 +23,6 @@ import random
 import re
 import sys
 import threading
-import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import datetime, timezone
@@ -142,12 +141,13 @@ def parse(text, task):
     """What a judge wrote -> {name: grade}, or the reason why it cannot be counted (a str). What is
     missing, unclear or said in two ways is not guessed: better no grade than a wrong one."""
     grades, signs = {}, r"[\"'*_`\s]*"                     # of JSON and Markdown
+    # The last JSON object that grades, or the whole text:
     spans = [span for span in re.findall(r"\{[^{}]*\}", text)
              if any(name in span.lower() for name in wanted(task))]
     for name, choices in wanted(task).items():
-        kind = rf"(?:{'|'.join(choices)})" if choices else r"-?\d[\d.]*(?: *(?:/|out of) *\d+)?"
-        said = {*re.findall(rf"(?i)\b{name}(?:[ _]group)?{signs}(?:[:=|]|\bis\b){signs}({kind})\b",
-                            spans[-1] if spans else text)}  # the last JSON that grades, or all
+        kind = "|".join(choices or [r"-?\d[\d.]*(?: *(?:/|out of) *\d+)?"])
+        said = {*re.findall(rf"(?i)\b{name}(?:[ _]group)?{signs}(?:[:=|]|\bis\b){signs}({kind})\b"
+                            r"(?![-–,]\d)", spans[-1] if spans else text)}     # no 7,5 and no 8-9
         form = kind if choices else r"(\d+(?:\.\d+)?)(?: *(?:/|out of) *10)?$"
         found = re.match("(?i)" + form, min(said, default=""))
         if len(said) != 1 or not found:
@@ -162,7 +162,7 @@ def parse(text, task):
 def settle(line):
     """Read the stored replies of a judgement -> the line with its grades, or with the reason why it
     has none; with neither while the second turn is to come."""
-    line = {key: value for key, value in line.items() if key not in ("grades", "reason", "failed")}
+    line = {key: value for key, value in line.items() if key not in ("grades", "reason")}
     last = line["replies"][-1]
     read = parse(spoken(last), line["task"]) if spoken(last) else "an empty reply"
     if spoken(last) and len(line["replies"]) < 2:
@@ -176,6 +176,10 @@ def settle(line):
 # ------------------------------------------------------------------------------------- ledgers
 
 LOCK = threading.Lock()
+
+
+def now():
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def append(path, line):
@@ -318,7 +322,7 @@ def anchors(rows, lines):
                        "folder": lines[0]["folder"]}
 
 
-# ------------------------------------------------------------------------------------- the judge
+# ------------------------------------------- asking a model of a server (study/generate.py, too)
 
 def is_local(url):
     host = urlsplit(url).hostname or "localhost"
@@ -389,7 +393,7 @@ class Judge:
 
     def ask(self, messages, **more):
         """One call -> what is stored of the reply, or the reason why there is none (a str)."""
-        most = self.cost((letters(messages) / 3, self.longest))         # what a call can cost
+        most = self.cost((len(str(messages)) / 3, self.longest))        # what a call can cost
         settings = {**self.settings, **more}
         while True:
             with self.lock:
@@ -462,10 +466,6 @@ def read_reply(raw):
             "tokens": tokens if all(isinstance(n, int) for n in tokens) else None}
 
 
-def letters(messages):
-    return sum(len(message["content"]) for message in messages)
-
-
 def go_on(judge, what, first, calls, tokens):
     """Say what is to be asked and what it may cost -> 0 to go on, or the exit code. first: the
     messages of the first call, which a dry run shows."""
@@ -488,18 +488,15 @@ def go_on(judge, what, first, calls, tokens):
 
 def ask_all(judge, ask, todo, label):
     """Call ask(item) for all, several at a time. Ctrl-C waits for the answers under way."""
-    live, shown, start = sys.stderr.isatty(), 0, time.time()
-    pool = ThreadPoolExecutor(judge.args.workers)
+    bar, pool = prepare.Progress(label, len(todo), unit="stories"), ThreadPoolExecutor(
+        judge.args.workers)
     try:
         ends = map(ask, todo) if judge.me else (
             job.result() for job in as_completed([pool.submit(ask, item) for item in todo]))
         for done, _ in enumerate(ends, 1):
-            if not judge.stop and (live or 10 * done // len(todo) > shown):
-                shown = 10 * done // len(todo)
-                left = (time.time() - start) / done * (len(todo) - done)
-                line = f"{label} {done:,} of {len(todo):,}{judge.paid()}, {left:.0f} s left"
-                print(f"\r{line:79}" if live else line,
-                      end="" if live and done < len(todo) else "\n", file=sys.stderr)
+            bar.label = label + judge.paid()
+            if not judge.stop:
+                bar.show(done)
     except OSError as error:
         judge.halt(f"Cannot write {error.filename}: {error.strerror}")
     except (KeyboardInterrupt, EOFError):
@@ -545,7 +542,7 @@ def finish(command, args):
     try:
         code = command(args)
         sys.stdout.flush()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, EOFError):
         print("\nStopped. The same command goes on.", file=sys.stderr)
         code = 130
     except BrokenPipeError:                 # | head
@@ -556,6 +553,8 @@ def finish(command, args):
     if code:
         raise SystemExit(code)
 
+
+# --------------------------------------------------------------------------------- the two turns
 
 def ask_me(task, messages, more):
     """You are the judge -> a reply like any other's, typed."""
@@ -573,23 +572,21 @@ def ask_me(task, messages, more):
 
 def judge_one(judge, item):
     """Both turns about an item. Each is written down once it is there, for it has been paid."""
-    task, messages = judge.args.task, first_turn(judge.args.task, item)
+    task, first = judge.args.task, first_turn(judge.args.task, item)
     line = item["line"] or {"task": task, "judge": judge.name, "base_url": judge.url,
                             "version": version(task), "settings": judge.settings, "replies": []} | {
         name: item.get(name) for name in ("key", "model", "checkpoint", "prompt", "completion",
                                           "rep")}
-    line.pop("failed", None)
-    while not {"grades", "reason", "failed"} & {*line}:
-        talk, form = second_turn(task, messages, spoken(line["replies"][0])) if line["replies"] \
-            else (messages, {})
+    while not {"grades", "reason"} & {*line}:
+        talk, form = second_turn(task, first, spoken(line["replies"][0])) if line["replies"] else (
+            first, {})
         reply = ask_me(task, talk, form) if judge.me else judge.ask(talk, **form)
-        if isinstance(reply, str) and judge.stop:
-            return                          # not the item's fault: the next run asks it again
-        line = {**line, "failed": reply} if isinstance(reply, str) else \
-            settle({**line, "replies": line["replies"] + [reply]})
-        line["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        if isinstance(reply, str):
+            item["failed"] = reply          # nothing was paid: the next run asks again
+            return
+        line = item["line"] = settle({
+            **line, "replies": line["replies"] + [reply], "date": now()})
         append(item["folder"] / "grades.jsonl", line)
-        item["line"] = line
 
 
 # --------------------------------------------------------------------------------- the statistics
@@ -698,15 +695,18 @@ def report_grades(by, models, task):
     rows = {}
     for name, items in by.items():
         counts = [bool(item["grades"]) + item["empty"] for item in items]
+        ages = sorted(item["grades"].get("age", "A") for item in items if item["grades"])
         rows[name] = {metric: cell(scores(items, metric).values()) for metric in NUMBERS} | {
+            "age": ages[len(ages) // 2] if ages else "-",           # the median
             "graded": counts.count(1), "empty": counts.count(2), "unscored": counts.count(0)}
         for metric, theirs in of_the_paper(items).items():
             if task == "story" and metric in NUMBERS or (task, metric) == ("instruct", "instruct"):
                 rows[name][f"paper: {metric}"] = theirs
-    parts = [table(rows), "Out of ten: means and 95 % intervals, by bootstrap over prompts. A "
-             "story without a letter is empty: it is not sent, and is 0 in all four. The paper's "
-             "columns, where there are any, are its Figure 4 for the same width and layers; but "
-             "another judge is another ruler."]
+    parts = [table(rows), "Out of ten: means and 95 % intervals, by bootstrap over prompts. The "
+             "age is the middle one of A (3 or under) to F (13-16). A story without a letter is "
+             "empty: it is not sent, and is 0 in all four, and A. The paper's columns, where there "
+             "are any, are its Figure 4 for the same width and layers; but another judge is "
+             "another ruler."]
     if any(len(scores(by[model], "all")) < 10 for model in models):
         parts.append("Fewer than ten prompts: too few to trust the intervals.")
 
@@ -763,41 +763,36 @@ def report_probes(by, models):
             "another judge.", "## What they said", table(said)]
 
 
-def draw(path, by, models):
-    """A picture: grades with their intervals, ages, and grades over the steps of a run."""
+def draw(path, by):
+    """A picture: grades with their intervals and, over several steps of a run, their curves."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    steps = [name for name in models if by[name][0].get("step") is not None]
-    steps = sorted(steps, key=lambda name: by[name][0]["step"]) if len(steps) > 1 else []
-    figure, (left, right, *third) = plt.subplots(1, 3 if steps else 2, figsize=(
-        18 if steps else 12, 4.5), layout="constrained")
-    bounds, width = {}, 0.8 / len(by)
-    for i, (name, items) in enumerate(by.items()):
+    bounds, runs = {}, {}                   # of a model: (3, 4); of a run: its checkpoints
+    for name, items in by.items():
         if any(item["grades"] for item in items):
-            mean, low, high = bounds[name] = np.array([interval(scores(items, metric).values())
-                                                       for metric in NUMBERS]).T
-            ages = Counter(item["grades"]["age"] for item in items if item["grades"]
-                           and not item["empty"])
-            color = f"C{i}" if name in models else str(0.4 + 0.15 * (i - len(models)))
-            shift = width * (i - (len(by) - 1) / 2)
-            left.errorbar(np.arange(4) + shift, mean, [mean - low, high - mean], label=name,
-                          fmt="o" if name in models else "x", color=color, capsize=3)
-            right.bar(np.arange(6) + shift, [ages[age] / max(ages.total(), 1) for age in AGES],
-                      width, color=color)
-    left.set(xticks=range(4), xticklabels=NUMBERS, ylim=(-0.3, 10.3), ylabel="grade out of ten")
-    right.set(xticks=range(6), xticklabels=AGES, xlabel="age group (A: to 3, F: 13-16)",
-              ylabel="share of stories")
-    left.legend(fontsize=8)
-    for run in dict.fromkeys(by[name][0]["folder"] for name in steps):
-        mine = [name for name in steps if by[name][0]["folder"] == run and name in bounds]
-        mean, low, high = np.array([bounds[name] for name in mine]).transpose(1, 2, 0)
-        for i, metric in enumerate(NUMBERS):
-            third[0].errorbar([by[name][0]["step"] for name in mine], mean[i], [
-                (mean - low)[i], (high - mean)[i]], fmt="o-", capsize=3, label=f"{run.name}: "
-                + metric)
-        third[0].set(xlabel="step", ylabel="grade out of ten")
-        third[0].legend(fontsize=8)
+            each = [interval(scores(items, metric).values()) for metric in NUMBERS]
+            bounds[name] = np.array(each).T
+            if items[0].get("step") is not None:
+                runs.setdefault(items[0]["folder"].name, {})[items[0]["step"]] = bounds[name]
+    runs = {run: sorted(found.items()) for run, found in runs.items() if len(found) > 1}
+    figure, axes = plt.subplots(1, 1 + len(runs), figsize=(7 * (1 + len(runs)), 4.5), squeeze=False,
+                                layout="constrained", sharey=True)
+
+    def bars(panel, x, found, **look):
+        mean, low, high = found
+        axes[0, panel].errorbar(x, mean, [mean - low, high - mean], capsize=3, **look)
+        axes[0, panel].legend(fontsize=8)
+
+    for i, (name, found) in enumerate(bounds.items()):
+        bars(0, np.arange(4) + 0.8 * ((i + 0.5) / len(bounds) - 0.5), found, label=name,
+             fmt={ANCHORS[0]: "k^", ANCHORS[1]: "ks", ANCHORS[2]: "kx"}.get(name, "o"))
+    for panel, (run, found) in enumerate(runs.items(), 1):
+        steps, curves = zip(*found)
+        for metric, curve in zip(NUMBERS, np.array(curves).T):      # (3, checkpoints)
+            bars(panel, steps, curve, label=metric, fmt="o-")
+        axes[0, panel].set(xlabel=f"step of {run}")
+    axes[0, 0].set(xticks=range(4), xticklabels=NUMBERS, ylim=(-0.3, 10.3), ylabel="grade of ten")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -829,7 +824,7 @@ def report(args, judge, items):
         parts = report_probes(by, models)
     else:
         parts = report_grades(by, models, task)
-        draw(path.with_name(f"grades_{task}.png"), by, models)
+        draw(path.with_name(f"grades_{task}.png"), by)
         parts.insert(1, f"![grades](grades_{task}.png)")
     text = [f"# {', '.join(models)}: graded by {judge.name} ({task})", *parts,
             "## What needs no judge", free, "Shares of distinct words, pairs and triples compare "
@@ -879,12 +874,11 @@ def grade(args):
             and not {"grades", "reason"} & {*(item["line"] or {})}}
     queue = sorted(todo.values(), key=lambda item: item["rep"])     # stopped early, it has still
     if args.dry_run or queue and not args.reparse:                  # seen every prompt
-        asked = sum(len((item["line"] or {"replies": []})["replies"]) for item in queue)
-        long = sum(letters(first_turn(args.task, item)) for item in queue)
+        calls = sum(2 - len(item["line"]["replies"] if item["line"] else []) for item in queue)
+        talk = [first_turn(args.task, item) for item in queue or items[:1]]
         code = go_on(judge, f"{len(items)} stories and anchors, {len(queue)} of them to be judged "
-                     "in two turns", first_turn(args.task, (queue or items)[0]),
-                     2 * len(queue) - asked,                        # four letters a token, twice
-                     (long // 2 + 400 * len(queue), 250 * len(queue)))
+                     "in two turns", talk[0], calls,                # four letters a token, twice
+                     (len(str(talk)) // 2 + 400 * len(queue), 250 * len(queue)))
         if code or args.dry_run:
             return code
         if judge.me:                        # blind: neither name nor order tells whose it is
@@ -894,12 +888,13 @@ def grade(args):
         print("Stopped. What was judged is kept; the same command goes on.", file=sys.stderr)
         return 130
     for item in items:
-        line = item["line"] = todo.get(item["key"], item)["line"]   # stories alike have one line
+        same = todo.get(item["key"], item)                          # stories alike have one line
+        line = item["line"] = same["line"]
         item["grades"] = (line or {}).get("grades")
         if item["empty"]:
             item["grades"] = {"verdict": "wrong", **dict.fromkeys(NUMBERS, 0.0)}
-        item["why"] = None if item["grades"] else "not asked yet" if not line else \
-            line.get("reason") or line.get("failed") or "not asked yet"
+        item["why"] = not item["grades"] and ((line or {}).get("reason") or same.get(
+            "failed", "not asked yet"))
     if any(item["grades"] for item in items):
         report(args, judge, items)
     else:

@@ -192,8 +192,8 @@ def tell_sample(folder, instruct, seed=0, grammar=HERE / "data" / "grammar.txt")
 class Progress:
     """A line that says how far a job is: redrawn on a terminal, ten lines at most in a pipe."""
 
-    def __init__(self, label, total, done=0):
-        self.label, self.total, self.begin = label, max(total, 1), done
+    def __init__(self, label, total, done=0, unit="MB"):
+        self.label, self.total, self.begin, self.unit = label, max(total, 1), done, unit
         self.start, self.shown, self.ended = time.time(), 0.0, False
         self.live = sys.stderr.isatty()
 
@@ -204,9 +204,10 @@ class Progress:
         if self.ended or not due and share < 1:
             return
         self.shown, self.ended = now if self.live else share, share == 1
-        rate = (done - self.begin) / max(now - self.start, 1e-3)
-        line = (f"{self.label}: {share:4.0%} of {self.total / 1e6:,.0f} MB, "
-                f"{rate / 1e6:.1f} MB/s, {(self.total - done) / max(rate, 1):.0f} s left")
+        come, taken, one = done - self.begin, now - self.start, 1e6 if self.unit == "MB" else 1
+        line = (f"{self.label}: {share:4.0%} of {self.total / one:,.0f} {self.unit}, "
+                f"{come / one / max(taken, 1e-3):.1f} {self.unit}/s, "
+                f"{taken * (self.total - done) / max(come, 1):.0f} s left")
         print(f"\r{line:79}" if self.live else line, end="" if self.live and share < 1 else "\n",
               file=sys.stderr)
 

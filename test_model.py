@@ -761,6 +761,7 @@ def teach(tmp_path, monkeypatch):
     (GRADES.replace(": 8", ': "8/10"').replace("age", "Age_Group"), (8, 7, 6, 5, "D")),
     (GRADES.replace("8", "11"), "out of range"), (GRADES.replace("8", "-1"), "grammar"),
     (GRADES.replace(": 5", ": null"), "plot"), (GRADES.replace("8", '"8/5"'), "8/5"),
+    (GRADES.replace("8", '"8,5"'), "grammar"), (GRADES.replace("8", '"8-9"'), "grammar"),
     (GRADES.replace("plot", "story"), "plot: none"), (GRADES.replace('"D"', '"G"'), "age"),
     (GRADES.replace("plot", "grammar"), "single grammar"), (GRADES[:40], "consistency: none"),
     ("8/10 for grammar, 7/10 for creativity, 6/10 for consistency, 5/10 for plot, age D", "none"),
@@ -977,7 +978,7 @@ def test_what_a_teacher_is_asked_for(told, tmp_path, monkeypatch):
 def test_a_teachers_replies_are_counted_and_become_a_data_set(told, tmp_path, monkeypatch):
     odd = [chat(None, refusal="No."), "I am sorry, but no.", "", (400, {})]
     odd += [lambda body: chat(tell(body), "length")] + 2 * [
-        lambda _: "WORDS: x\nSummary: Tom and Ann play.\nStory: The same. And so they did."]
+        lambda _: "WORDS: same\nSummary: Tom and Ann play.\nStory: The same. And so they did."]
     odd += [lambda body: tell(body).replace("Words: ", "Words: snark, "),
             lambda body: "<think>Words: no</think>Here it is:\n" + tell(body, more="<|endoftext|>")]
     answers, lock = list(odd), threading.Lock()

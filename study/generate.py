@@ -14,8 +14,10 @@ arXiv 2305.07759, section 2. The teacher names words and summary as well: a repl
 no story (it may be a refusal), and --instruct, which writes them into the file, asks nothing anew.
 
 What comes is kept as it came in data/mine.jsonl, a line a reply, before anything is done with it,
-and data/mine.txt is made from that: the same command goes on where it stopped and pays for nothing
-twice. The key is read from OPENAI_API_KEY.
+and data/mine.txt is made from that, whole, at the end: the same command goes on where it stopped
+and pays for nothing twice. Refusals, cut replies and stories told before are counted and left out;
+a story that lacks one of its words is counted and kept (its record does not name them). Begin with
+--n 3 and read what comes. The key is read from OPENAI_API_KEY.
 """
 
 import argparse
@@ -24,7 +26,6 @@ import random
 import re
 import sys
 from collections import Counter
-from datetime import datetime, timezone
 from pathlib import Path
 
 import grade
@@ -79,8 +80,10 @@ def draw(lists, seed, number, language=""):
             "request": [{"role": "user", "content": request}]}
 
 
-def read_reply(reply):
-    """A stored reply -> its {"Words", "Summary", "Story"}, or why there is no story in it (str)."""
+def read_reply(line):
+    """A line of the ledger -> {"Words" ("" if one lacks), "Summary", "Story"}, or why there is no
+    story in the reply (str)."""
+    reply = line["reply"]
     text = grade.spoken(reply).replace(prepare.MARK, " ").replace("\r\n", "\n")
     text = text.encode("utf-8", "replace").decode()                     # no half surrogates
     if reply["refusal"] or reply["finish"] == "content_filter":
@@ -92,8 +95,9 @@ def read_reply(reply):
     if not story:
         return "not in the form that was asked for" if text.strip() else "empty"
     words = [word.strip(" \n.\"'“”«»*_") for word in re.split("[,;，、،]", words)]
-    there = all(word and word.lower() in story.lower() for word in words)
-    return {"Words": ", ".join(words) if there else "", "Summary": " ".join(summary.split()),
+    there = [word for word in words if word and word.lower() in story.lower()]
+    whole = len(there) == len(words) == len(line["words"])
+    return {"Words": ", ".join(words) if whole else "", "Summary": " ".join(summary.split()),
             "Story": story}
 
 
@@ -103,8 +107,8 @@ def write(args, items, have):
     part = args.out.with_name(args.out.name + ".part")
     with open(part, "w", encoding="utf-8", newline="\n") as file:
         for item in items:
-            reply = have.get(item["key"])
-            story = read_reply(reply["reply"]) if reply else item.get("failed", "not asked yet")
+            line = have.get(item["key"])
+            story = read_reply(line) if line else item.get("failed", "not asked yet")
             if not isinstance(story, str) and story["Story"] in seen:
                 story = "told before, word for word"
             if isinstance(story, str):
@@ -142,12 +146,12 @@ def generate(args):
             item["failed"] = reply          # nothing was paid: the same command asks again
             return
         line = {**item, "teacher": teacher.name, "base_url": teacher.url, "reply": reply,
-                "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+                "date": grade.now()}
         grade.append(ledger, line)
         have[item["key"]] = line
 
     if todo or args.dry_run:
-        tokens = sum(grade.letters(item["request"]) for item in todo) // 4, 330 * len(todo)
+        tokens = sum(len(str(item["request"])) for item in todo) // 4, 330 * len(todo)
         code = grade.go_on(teacher, f"{args.n:,} stories, {len(todo):,} of them to be asked for",
                            (todo or items)[0]["request"], len(todo), tokens)
         if code or args.dry_run:
