@@ -73,10 +73,9 @@ GRADE = {
 TASKS = {"Features": "Let it have: ", "Words": "Use the words: ", "Summary": "What happens: ",
          "Random sentence": "This sentence must stand in it: "}     # instructions in plain words
 
-PRICES = {"gpt-6-luna": (0.10, 0.50), "gpt-6-sol": (2.00, 10.00)}   # November 2026: dollars per
-                                                                    # million tokens in and out
+# November 2026: dollars per million tokens in and out.
+PRICES = {"gpt-6-luna": (0.10, 0.50), "gpt-6-sol": (2.00, 10.00), "me": (0.0, 0.0)}
 TIMEOUT, RETRIES = 60, 6        # seconds for an answer; how often what passes is tried again
-LONGEST = 1_000                 # tokens of a reply at most
 ANCHORED = 10                   # prompts whose anchors are graded, too
 
 NUMBERS = ("grammar", "creativity", "consistency", "plot")          # out of ten
@@ -141,20 +140,15 @@ def spoken(reply):
 def parse(text, task):
     """What a judge wrote -> {name: grade}, or the reason why it cannot be counted (a str). What is
     missing, unclear or said in two ways is not guessed: better no grade than a wrong one."""
-    pairs, grades = [], {}
-    for span in re.findall(r"\{[^{}]*\}", text):            # the last JSON object that grades
-        try:
-            read = json.loads(span, object_pairs_hook=list)
-        except ValueError:
-            continue
-        read = [(key.lower().replace("_", " "), str(value)) for key, value in read]
-        pairs = read if any(key in wanted(task) for key, _ in read) else pairs
+    grades, signs = {}, r"[\"'*_`\s]*"                     # of JSON and Markdown
+    # The last JSON object that grades, or the whole text:
+    spans = [span for span in re.findall(r"\{[^{}]*\}", text)
+             if any(name in span.lower() for name in wanted(task))]
     for name, choices in wanted(task).items():
-        kind = rf"(?:{'|'.join(choices)})\b" if choices else r"-?\d[\d.]*(?: *(?:/|out of) *\d+)?"
-        signs = r"[\"'*_`\s]*"                              # of JSON and Markdown
-        said = {value for key, value in pairs if key in (name, name + " group")} if pairs else {
-            *re.findall(rf"(?i)\b{name}(?:[ _]group)?{signs}(?:[:=|]|\bis\b){signs}({kind})", text)}
-        form = kind if choices else r"(\d+(?:\.\d+)?)(?: *(?:/|out of) *10)?\.?$"
+        kind = "|".join(choices or [r"-?\d[\d.]*(?: *(?:/|out of) *\d+)?"])
+        said = {*re.findall(rf"(?i)\b{name}(?:[ _]group)?{signs}(?:[:=|]|\bis\b){signs}({kind})\b"
+                            r"(?![-–,]\d)", spans[-1] if spans else text)}     # no 7,5 and no 8-9
+        form = kind if choices else r"(\d+(?:\.\d+)?)(?: *(?:/|out of) *10)?$"
         found = re.match("(?i)" + form, min(said, default=""))
         if len(said) != 1 or not found:
             return f"no single {name}: " + (" and ".join(sorted(said)) or "none")[:60]
@@ -168,7 +162,7 @@ def parse(text, task):
 def settle(line):
     """Read the stored replies of a judgement -> the line with its grades, or with the reason why it
     has none; with neither while the second turn is to come."""
-    line = {key: value for key, value in line.items() if key not in ("grades", "reason", "failed")}
+    line = {key: value for key, value in line.items() if key not in ("grades", "reason")}
     last = line["replies"][-1]
     read = parse(spoken(last), line["task"]) if spoken(last) else "an empty reply"
     if spoken(last) and len(line["replies"]) < 2:
@@ -182,6 +176,10 @@ def settle(line):
 # ------------------------------------------------------------------------------------- ledgers
 
 LOCK = threading.Lock()
+
+
+def now():
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def append(path, line):
@@ -321,10 +319,10 @@ def anchors(rows, lines):
                        "folder": lines[0]["folder"]}
 
 
-# ------------------------------------------------------------------------------------- the judge
+# ------------------------------------------- asking a model of a server (study/generate.py, too)
 
 def is_local(url):
-    host = urlsplit(url).hostname or ""
+    host = urlsplit(url).hostname or "localhost"
     try:
         return ipaddress.ip_address(host).is_private
     except ValueError:
@@ -333,23 +331,27 @@ def is_local(url):
 
 class Judge:
     """Whoever is asked, by several threads at once: what it costs, which settings it does not want,
-    and why nobody must ask it any more (`stop`, empty as long as there is no reason)."""
+    and why nobody must ask it any more (`stop`, empty as long as there is no reason). Without a
+    base_url it is you."""
 
-    def __init__(self, args):
-        self.args, self.name, self.me = args, args.judge, args.judge == "me"
-        url = urlsplit("" if self.me else args.base_url)
+    def __init__(self, args, name, temperature=0, longest=1_000):
+        self.args, self.name, self.me, self.longest = args, name, not args.base_url, longest
+        url = urlsplit(args.base_url)
         self.url = url._replace(netloc=url.netloc.rpartition("@")[2], query="").geturl()
-        dated = re.sub(r"-\d{4}-\d\d-\d\d$", "", args.judge)      # a version of the same model
-        self.price = (0.0, 0.0) if self.me else PRICES.get(dated) if args.price_in is None else (
-            args.price_in, args.price_out)
-        self.settings = {} if self.me else {"temperature": 0, "reasoning_effort": "none", (
-            "max_completion_tokens" if "api.openai.com" in self.url else "max_tokens"): LONGEST}
+        dated = re.sub(r"-\d{4}-\d\d-\d\d$", "", name)           # a version of the same model
+        self.price = PRICES.get(dated) if args.price_in is None else (args.price_in, args.price_out)
+        limit = "max_completion_tokens" if "api.openai.com" in self.url else "max_tokens"
+        self.settings = {} if self.me else {
+            "temperature": temperature, "reasoning_effort": "none", limit: longest}
         self.client, self.models, self.key, self.lock = None, [], "", threading.Lock()
         self.dropped, self.stop, self.code, self.failed = set(), "", 0, 0
         self.spent, self.held = 0.0, 0.0    # dollars paid, and set aside for calls under way
 
     def cost(self, tokens):
         return sum(n * price for n, price in zip(tokens, self.price or (0, 0))) / 1e6
+
+    def paid(self):
+        return f", ${self.spent:.2f}" * bool(self.price)
 
     def connect(self):
         """Make the client, and see that somebody is there."""
@@ -388,10 +390,7 @@ class Judge:
 
     def ask(self, messages, **more):
         """One call -> what is stored of the reply, or the reason why there is none (a str)."""
-        if self.me:
-            return ask_me(self.args.task, messages, more)
-        letters = sum(len(message["content"]) for message in messages)
-        most = self.cost((letters / 3, LONGEST))            # what a call can cost
+        most = self.cost((len(str(messages)) / 3, self.longest))        # what a call can cost
         settings = {**self.settings, **more}
         while True:
             with self.lock:
@@ -444,7 +443,7 @@ class Judge:
         elif status in (401, 403):
             self.halt(f"{self.url} does not take the key in OPENAI_API_KEY ({why})")
         elif status == 404:
-            self.halt(f"{self.url} has no judge {self.name!r} ({why}). "
+            self.halt(f"{self.url} has no model {self.name!r} ({why}). "
                       + f"It has {', '.join(self.models[:40])}" * bool(self.models))
         return why
 
@@ -464,6 +463,96 @@ def read_reply(raw):
             "tokens": tokens if all(isinstance(n, int) for n in tokens) else None}
 
 
+def go_on(judge, what, first, calls, tokens):
+    """Say what is to be asked and what it may cost -> 0 to go on, or the exit code. first: the
+    messages of the first call, which a dry run shows."""
+    args, cost, far = judge.args, judge.cost(tokens), not is_local(judge.url)
+    if args.dry_run:
+        for message in first:
+            print(f"[{message['role']}]\n{message['content']}\n")
+        print(f"[settings]\n{json.dumps(judge.settings)}\n")
+    judge.connect()
+    print(f"{what}: {calls:,} calls, about {tokens[0]:,} tokens in and {tokens[1]:,} out, "
+          + (f"about ${cost:.2f}." if judge.price else "at an unknown price.")
+          + f" They leave this machine for {judge.url}." * far)
+    if args.dry_run or args.yes or (cost <= 1 if judge.price else not far):
+        return 0
+    if not sys.stdin.isatty():
+        print("Add --yes to go on.", file=sys.stderr)
+        return 2
+    return int(input("Go on? [y/N] ").strip().lower() not in ("y", "yes"))
+
+
+def ask_all(judge, ask, todo, label):
+    """Call ask(item) for all, several at a time. Ctrl-C waits for the answers under way."""
+    bar, pool = prepare.Progress(label, len(todo), unit="stories"), ThreadPoolExecutor(
+        judge.args.workers)
+    try:
+        ends = map(ask, todo) if judge.me else (
+            job.result() for job in as_completed([pool.submit(ask, item) for item in todo]))
+        for done, _ in enumerate(ends, 1):
+            bar.label = label + judge.paid()
+            if not judge.stop:
+                bar.show(done)
+    except OSError as error:
+        judge.halt(f"Cannot write {error.filename}: {error.strerror}")
+    except (KeyboardInterrupt, EOFError):
+        judge.halt("Stopped", 130)
+        print("" if judge.me else "\nWaiting for the answers under way (once more to leave at "
+              "once) ...", file=sys.stderr)
+    try:
+        pool.shutdown(cancel_futures=bool(judge.stop))
+    except KeyboardInterrupt:
+        os._exit(130)
+
+
+def add_options(parser):
+    """The options of every command that asks a model of a server."""
+    add = parser.add_argument
+    add("--base-url", default=os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1")
+    add("--workers", type=int, default=8, help="calls at a time")
+    add("--dry-run", action="store_true", help="show a first request and the price; ask nothing")
+    add("--max-cost", type=float, help="dollars that this command may spend")
+    add("--price-in", type=float, help="dollars per million tokens")
+    add("--price-out", type=float)
+    add("--yes", action="store_true", help="do not ask above $1")
+
+
+def check_options(parser, args, name, *more):
+    """End with a sentence if one is wrong. more: pairs of (is it wrong, why) of the command."""
+    dollars = [args.max_cost or 0, args.price_in or 0, args.price_out or 0]
+    for wrong, why in (
+            (args.workers < 1, "--workers must be 1 or more"),
+            (not all(0 <= number < 1e9 for number in dollars), "no price may be negative"),
+            ((args.price_in is None) != (args.price_out is None), "give both prices, or none"),
+            (not re.match(r"https?://[^/]", args.base_url), "--base-url must begin with http://"),
+            *more):
+        if wrong:
+            parser.error(why)
+    if args.max_cost is not None and not Judge(args, name).price:
+        parser.error(f"--max-cost needs --price-in and --price-out: {name} is not in PRICES")
+
+
+def finish(command, args):
+    """Run command(args) and leave with the exit code that it returns."""
+    sys.stdout.reconfigure(errors="replace")
+    try:
+        code = command(args)
+        sys.stdout.flush()
+    except (KeyboardInterrupt, EOFError):
+        print("\nStopped. The same command goes on.", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:                 # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = 0
+    except OSError as error:
+        raise SystemExit(f"Cannot read or write {error.filename}: {error.strerror}.")
+    if code:
+        raise SystemExit(code)
+
+
+# --------------------------------------------------------------------------------- the two turns
+
 def ask_me(task, messages, more):
     """You are the judge -> a reply like any other's, typed."""
     text = "(by hand)"
@@ -480,51 +569,21 @@ def ask_me(task, messages, more):
 
 def judge_one(judge, item):
     """Both turns about an item. Each is written down once it is there, for it has been paid."""
-    task, messages = judge.args.task, first_turn(judge.args.task, item)
+    task, first = judge.args.task, first_turn(judge.args.task, item)
     line = item["line"] or {"task": task, "judge": judge.name, "base_url": judge.url,
                             "version": version(task), "settings": judge.settings, "replies": []} | {
         name: item.get(name) for name in ("key", "model", "checkpoint", "prompt", "completion",
                                           "rep")}
-    line.pop("failed", None)
-    while not {"grades", "reason", "failed"} & {*line}:
-        talk, form = second_turn(task, messages, spoken(line["replies"][0])) if line["replies"] \
-            else (messages, {})
-        reply = judge.ask(talk, **form)
-        if isinstance(reply, str) and judge.stop:
-            return                          # not the item's fault: the next run asks it again
-        line = {**line, "failed": reply} if isinstance(reply, str) else \
-            settle({**line, "replies": line["replies"] + [reply]})
-        line["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    while not {"grades", "reason"} & {*line}:
+        talk, form = second_turn(task, first, spoken(line["replies"][0])) if line["replies"] else (
+            first, {})
+        reply = ask_me(task, talk, form) if judge.me else judge.ask(talk, **form)
+        if isinstance(reply, str):
+            item["failed"] = reply          # nothing was paid: the next run asks again
+            return
+        line = item["line"] = settle({
+            **line, "replies": line["replies"] + [reply], "date": now()})
         append(item["folder"] / "grades.jsonl", line)
-        item["line"] = line
-
-
-def judge_all(judge, todo):
-    """Ask about all items, several at a time. Ctrl-C waits for the answers that are under way."""
-    live, shown = sys.stderr.isatty(), 0
-    pool = ThreadPoolExecutor(judge.args.workers)
-    try:
-        if judge.me:                        # blind: neither name nor order tells whose it is
-            for item in random.Random(0).sample(todo, len(todo)):
-                judge_one(judge, item)
-        jobs = [pool.submit(judge_one, judge, item) for item in todo if not judge.me]
-        for done, job in enumerate(as_completed(jobs), 1):
-            job.result()
-            if not judge.stop and (live or 10 * done // len(todo) > shown):
-                shown = 10 * done // len(todo)
-                paid = f", ${judge.spent:.2f}" if judge.price else ""
-                print("\r" * live + f"judged {done} of {len(todo)}" + paid,
-                      end="" if live and done < len(todo) else "\n", file=sys.stderr)
-    except OSError as error:
-        judge.halt(f"Cannot write {error.filename}: {error.strerror}")
-    except (KeyboardInterrupt, EOFError):
-        judge.halt("Stopped", 130)
-        print("" if judge.me else "\nWaiting for the answers under way (once more to leave at "
-              "once) ...", file=sys.stderr)
-    try:
-        pool.shutdown(cancel_futures=bool(judge.stop))
-    except KeyboardInterrupt:
-        os._exit(130)
 
 
 # --------------------------------------------------------------------------------- the statistics
@@ -652,15 +711,18 @@ def report_grades(by, models, task):
     rows = {}
     for name, items in by.items():
         counts = [bool(item["grades"]) + item["empty"] for item in items]
+        ages = sorted(item["grades"].get("age", "A") for item in items if item["grades"])
         rows[name] = {metric: cell(scores(items, metric).values()) for metric in NUMBERS} | {
+            "age": ages[len(ages) // 2] if ages else "-",           # the median
             "graded": counts.count(1), "empty": counts.count(2), "unscored": counts.count(0)}
         for metric, theirs in of_the_paper(items).items():
             if task == "story" and metric in NUMBERS or (task, metric) == ("instruct", "instruct"):
                 rows[name][f"paper: {metric}"] = theirs
-    parts = [table(rows), "Out of ten: means and 95 % intervals, by bootstrap over prompts. A "
-             "story without a letter is empty: it is not sent, and is 0 in all four. The paper's "
-             "columns, where there are any, are its Figure 4 for the same width and layers; but "
-             "another judge is another ruler."]
+    parts = [table(rows), "Out of ten: means and 95 % intervals, by bootstrap over prompts. The "
+             "age is the middle one of A (3 or under) to F (13-16). A story without a letter is "
+             "empty: it is not sent, and is 0 in all four, and A. The paper's columns, where there "
+             "are any, are its Figure 4 for the same width and layers; but another judge is "
+             "another ruler."]
     if any(len(scores(by[model], "all")) < 10 for model in models):
         parts.append("Fewer than ten prompts: too few to trust the intervals.")
 
@@ -717,41 +779,36 @@ def report_probes(by, models):
             "another judge.", "## What they said", table(said)]
 
 
-def draw(path, by, models):
-    """A picture: grades with their intervals, ages, and grades over the steps of a run."""
+def draw(path, by):
+    """A picture: grades with their intervals and, over several steps of a run, their curves."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    steps = [name for name in models if by[name][0].get("step") is not None]
-    steps = sorted(steps, key=lambda name: by[name][0]["step"]) if len(steps) > 1 else []
-    figure, (left, right, *third) = plt.subplots(1, 3 if steps else 2, figsize=(
-        18 if steps else 12, 4.5), layout="constrained")
-    bounds, width = {}, 0.8 / len(by)
-    for i, (name, items) in enumerate(by.items()):
+    bounds, runs = {}, {}                   # of a model: (3, 4); of a run: its checkpoints
+    for name, items in by.items():
         if any(item["grades"] for item in items):
-            mean, low, high = bounds[name] = np.array([interval(scores(items, metric).values())
-                                                       for metric in NUMBERS]).T
-            ages = Counter(item["grades"]["age"] for item in items if item["grades"]
-                           and not item["empty"])
-            color = f"C{i}" if name in models else str(0.4 + 0.15 * (i - len(models)))
-            shift = width * (i - (len(by) - 1) / 2)
-            left.errorbar(np.arange(4) + shift, mean, [mean - low, high - mean], label=name,
-                          fmt="o" if name in models else "x", color=color, capsize=3)
-            right.bar(np.arange(6) + shift, [ages[age] / max(ages.total(), 1) for age in AGES],
-                      width, color=color)
-    left.set(xticks=range(4), xticklabels=NUMBERS, ylim=(-0.3, 10.3), ylabel="grade out of ten")
-    right.set(xticks=range(6), xticklabels=AGES, xlabel="age group (A: to 3, F: 13-16)",
-              ylabel="share of stories")
-    left.legend(fontsize=8)
-    for run in dict.fromkeys(by[name][0]["folder"] for name in steps):
-        mine = [name for name in steps if by[name][0]["folder"] == run and name in bounds]
-        mean, low, high = np.array([bounds[name] for name in mine]).transpose(1, 2, 0)
-        for i, metric in enumerate(NUMBERS):
-            third[0].errorbar([by[name][0]["step"] for name in mine], mean[i], [
-                (mean - low)[i], (high - mean)[i]], fmt="o-", capsize=3, label=f"{run.name}: "
-                + metric)
-        third[0].set(xlabel="step", ylabel="grade out of ten")
-        third[0].legend(fontsize=8)
+            each = [interval(scores(items, metric).values()) for metric in NUMBERS]
+            bounds[name] = np.array(each).T
+            if items[0].get("step") is not None:
+                runs.setdefault(items[0]["folder"].name, {})[items[0]["step"]] = bounds[name]
+    runs = {run: sorted(found.items()) for run, found in runs.items() if len(found) > 1}
+    figure, axes = plt.subplots(1, 1 + len(runs), figsize=(7 * (1 + len(runs)), 4.5), squeeze=False,
+                                layout="constrained", sharey=True)
+
+    def bars(panel, x, found, **look):
+        mean, low, high = found
+        axes[0, panel].errorbar(x, mean, [mean - low, high - mean], capsize=3, **look)
+        axes[0, panel].legend(fontsize=8)
+
+    for i, (name, found) in enumerate(bounds.items()):
+        bars(0, np.arange(4) + 0.8 * ((i + 0.5) / len(bounds) - 0.5), found, label=name,
+             fmt={ANCHORS[0]: "k^", ANCHORS[1]: "ks", ANCHORS[2]: "kx"}.get(name, "o"))
+    for panel, (run, found) in enumerate(runs.items(), 1):
+        steps, curves = zip(*found)
+        for metric, curve in zip(NUMBERS, np.array(curves).T):      # (3, checkpoints)
+            bars(panel, steps, curve, label=metric, fmt="o-")
+        axes[0, panel].set(xlabel=f"step of {run}")
+    axes[0, 0].set(xticks=range(4), xticklabels=NUMBERS, ylim=(-0.3, 10.3), ylabel="grade of ten")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -783,7 +840,7 @@ def report(args, judge, items):
         parts = report_probes(by, models)
     else:
         parts = report_grades(by, models, task)
-        draw(path.with_name(f"grades_{task}.png"), by, models)
+        draw(path.with_name(f"grades_{task}.png"), by)
         parts.insert(1, f"![grades](grades_{task}.png)")
     text = [f"# {', '.join(models)}: graded by {judge.name} ({task})", *parts,
             "## What needs no judge", free, "Shares of distinct words, pairs and triples compare "
@@ -825,61 +882,43 @@ def find_items(args, judge):
     return items
 
 
-def go_on(args, judge, items, todo):
-    """Show what is to be asked, and what it may cost -> 0 to go on, or the exit code."""
-    asked = sum(len((item["line"] or {"replies": []})["replies"]) for item in todo)
-    letters = sum(len(message["content"]) for item in todo
-                  for message in first_turn(args.task, item))
-    tokens = letters // 2 + 400 * len(todo), 250 * len(todo)        # four letters a token, twice
-    cost, far = judge.cost(tokens), not is_local(judge.url) and not judge.me
-    print(f"{len(items)} stories and anchors, {len(todo)} of them to be judged: "
-          f"{2 * len(todo) - asked} calls, about {tokens[0]:,} tokens in and {tokens[1]:,} out, "
-          + (f"about ${cost:.2f}." if judge.price else "at an unknown price.")
-          + f" The stories leave this machine for {judge.url}." * far)
-    if args.dry_run or args.yes or (cost <= 1 if judge.price else not far):
-        return 0
-    if not sys.stdin.isatty():
-        print("Add --yes to go on.", file=sys.stderr)
-        return 2
-    return int(input("Go on? [y/N] ").strip().lower() not in ("y", "yes"))
-
-
 def grade(args):
     """All stages -> the exit code."""
-    judge = Judge(args)
+    judge = Judge(args, args.judge)
     items = find_items(args, judge)
     todo = {item["key"]: item for item in items if not item["empty"]
             and not {"grades", "reason"} & {*(item["line"] or {})}}
     queue = sorted(todo.values(), key=lambda item: item["rep"])     # stopped early, it has still
-    if args.dry_run:                                                # seen every prompt
-        for message in first_turn(args.task, (queue or items)[0]):
-            print(f"[{message['role']}]\n{message['content']}\n")
-        print(f"[settings]\n{json.dumps(judge.settings)}; a second turn asks for the grades\n")
-        return go_on(args, judge, items, queue)
-    if queue and not args.reparse:
-        judge.connect()
-        if code := go_on(args, judge, items, queue):
+    if args.dry_run or queue and not args.reparse:                  # seen every prompt
+        calls = sum(2 - len(item["line"]["replies"] if item["line"] else []) for item in queue)
+        talk = [first_turn(args.task, item) for item in queue or items[:1]]
+        code = go_on(judge, f"{len(items)} stories and anchors, {len(queue)} of them to be judged "
+                     "in two turns", talk[0], calls,                # four letters a token, twice
+                     (len(str(talk)) // 2 + 400 * len(queue), 250 * len(queue)))
+        if code or args.dry_run:
             return code
-        judge_all(judge, queue)
+        if judge.me:                        # blind: neither name nor order tells whose it is
+            random.Random(0).shuffle(queue)
+        ask_all(judge, lambda item: judge_one(judge, item), queue, "judged")
     if judge.code == 130:
         print("Stopped. What was judged is kept; the same command goes on.", file=sys.stderr)
         return 130
     for item in items:
-        line = item["line"] = todo.get(item["key"], item)["line"]   # stories alike have one line
+        same = todo.get(item["key"], item)                          # stories alike have one line
+        line = item["line"] = same["line"]
         item["grades"] = (line or {}).get("grades")
         if item["empty"]:
             item["grades"] = {"verdict": "wrong", **dict.fromkeys(NUMBERS, 0.0)}
-        item["why"] = None if item["grades"] else "not asked yet" if not line else \
-            line.get("reason") or line.get("failed") or "not asked yet"
+        item["why"] = not item["grades"] and ((line or {}).get("reason") or same.get(
+            "failed", "not asked yet"))
     if any(item["grades"] for item in items):
         report(args, judge, items)
     else:
         print(f"Nothing is scored yet ({items[0]['why']}).")
     bad = sum(not item["grades"] for item in items)
     if judge.stop:
-        paid = f", ${judge.spent:.2f} spent" if judge.price else ""
-        print(f"{judge.stop}. Graded: {len(items) - bad} of {len(items)}{paid}. The same command "
-              "goes on.", file=sys.stderr)
+        print(f"{judge.stop}. Graded: {len(items) - bad} of {len(items)}{judge.paid()}. The same "
+              "command goes on.", file=sys.stderr)
         return judge.code
     if bad > 0.05 * len(items):
         print(f"{bad} of {len(items)} are unscored: do not trust the means. The same command asks "
@@ -899,53 +938,28 @@ def main(argv=None):
     add("--prompts", help="paper: the 44 published ones; or a file like those in data/, or one of "
         f"stories between lines {prepare.MARK}, which are cut")
     add("--judge", default="gpt-6-luna", help="a model of the server; or me")
-    add("--base-url", default=os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1")
-    add("--workers", type=int, default=8, help="calls at a time")
-    add("--dry-run", action="store_true", help="show a first request and the price; ask nothing")
     add("--reparse", action="store_true", help="read the stored replies again; ask nothing")
-    add("--max-cost", type=float, help="dollars that this command may spend")
-    add("--price-in", type=float, help="dollars per million tokens")
-    add("--price-out", type=float)
-    add("--yes", action="store_true", help="do not ask above $1")
     add("--anchors", action=argparse.BooleanOptionalAction, default=True)
     add("--temperature", type=float, help="of the pupil (default 1; probes: 0)")
     add("--max_new_tokens", type=int, help="of a story (default 400; probes: 40)")
     add("--seed", type=int, default=0)
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    add_options(parser)
     args = parser.parse_args(argv)
     for name, usual in (("n", (10, 1)), ("temperature", (1.0, 0.0)), ("max_new_tokens", (400, 40))):
         if getattr(args, name) is None:
             setattr(args, name, usual[args.task == "probes"])
-    numbers = [args.temperature, args.seed] + [value for value in (
-        args.max_cost, args.price_in, args.price_out) if value is not None]
     files = [run for run in args.runs if run.endswith(".jsonl")] + (
         [args.prompts] if args.prompts not in (None, "paper") else [])
-    for wrong, why in (
-            (min(args.n, args.workers, args.max_new_tokens) < 1,
-             "--n, --workers and --max_new_tokens must be 1 or more"),
-            (not all(0 <= number < 1e9 for number in numbers), "no number may be negative"),
-            ((args.price_in is None) != (args.price_out is None), "give both prices, or none"),
-            (not re.match(r"https?://[^/]", args.base_url), "--base-url must begin with http://"),
-            (args.prompts == "paper" and args.task != "story", "--prompts paper is for stories"),
-            (not all(map(os.path.isfile, files)), f"no such file: {' or '.join(files)}")):
-        if wrong:
-            parser.error(why)
-    if args.max_cost is not None and not Judge(args).price:
-        parser.error(f"--max-cost needs --price-in and --price-out: {args.judge} is not in PRICES")
-    sys.stdout.reconfigure(errors="replace")
-    try:
-        code = grade(args)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("\nStopped. The same command goes on.", file=sys.stderr)
-        code = 130
-    except BrokenPipeError:                 # | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code = 0
-    except OSError as error:
-        raise SystemExit(f"Cannot read or write {error.filename}: {error.strerror}.")
-    if code:
-        raise SystemExit(code)
+    check_options(
+        parser, args, args.judge,
+        (min(args.n, args.max_new_tokens) < 1, "--n and --max_new_tokens must be 1 or more"),
+        (not 0 <= args.temperature < 1e9 or args.seed < 0, "no number may be negative"),
+        (args.prompts == "paper" and args.task != "story", "--prompts paper is for stories"),
+        (not all(map(os.path.isfile, files)), f"no such file: {' or '.join(files)}"))
+    if args.judge == "me":
+        args.base_url = ""
+    finish(grade, args)
 
 
 if __name__ == "__main__":

@@ -173,16 +173,21 @@ class Story:
         raise SystemExit(f"The grammar cannot tell its plot {self.plot['name']!r}: {why}.")
 
     def record(self):
-        """The story as TinyStories-Instruct has it: some fields in some order, then the story."""
-        sentences = re.split(r'(?<=[.!?])\s+|(?<=[.!?]")\s+', self.text)[1:]
-        whole = [text for text in sentences if text.count('"') % 2 == 0]    # none cut in speech
-        values = {"Features": ", ".join(sorted(self.features)),
-                  "Words": self.tell(self.plot["words"]),
-                  "Summary": self.tell(self.plot["summary"]),
-                  "Random sentence": self.choose(whole)}
-        order = [field for field in self.choose(FIELD_ORDERS) if values[field]]
-        fields = "\n".join(f"{field}: {values[field]}" for field in order)
-        return f"{fields}\nStory: \n\n{self.text}"
+        return write_record(self.text, self.choose, {
+            "Features": ", ".join(sorted(self.features)), "Words": self.tell(self.plot["words"]),
+            "Summary": self.tell(self.plot["summary"])})
+
+
+def write_record(text, choose, values):
+    """A story as TinyStories-Instruct has it: some fields in some order, then the story. choose: of
+    a list; values: {field: text, or "" if there is none}, but for the random sentence."""
+    sentences = re.split(r'(?<=[.!?])\s+|(?<=[.!?]["”])\s+', text)[1:]
+    whole = [one for one in sentences if "\n" not in one and       # none cut in speech
+             len(re.findall('["“”]', one)) % 2 == 0]
+    values = {**values, "Random sentence": choose(whole or [""])}
+    order = choose([order for order in FIELD_ORDERS if all(map(values.get, order))])
+    fields = "\n".join(f"{field}: {values[field]}" for field in order)
+    return f"{fields}\nStory: \n\n{text}"
 
 
 def tell_sample(folder, instruct, seed=0, grammar=HERE / "data" / "grammar.txt"):
@@ -204,8 +209,8 @@ def tell_sample(folder, instruct, seed=0, grammar=HERE / "data" / "grammar.txt")
 class Progress:
     """A line that says how far a job is: redrawn on a terminal, ten lines at most in a pipe."""
 
-    def __init__(self, label, total, done=0):
-        self.label, self.total, self.begin = label, max(total, 1), done
+    def __init__(self, label, total, done=0, unit="MB"):
+        self.label, self.total, self.begin, self.unit = label, max(total, 1), done, unit
         self.start, self.shown, self.ended = time.time(), 0.0, False
         self.live = sys.stderr.isatty()
 
@@ -216,9 +221,10 @@ class Progress:
         if self.ended or not due and share < 1:
             return
         self.shown, self.ended = now if self.live else share, share == 1
-        rate = (done - self.begin) / max(now - self.start, 1e-3)
-        line = (f"{self.label}: {share:4.0%} of {self.total / 1e6:,.0f} MB, "
-                f"{rate / 1e6:.1f} MB/s, {(self.total - done) / max(rate, 1):.0f} s left")
+        come, taken, one = done - self.begin, now - self.start, 1e6 if self.unit == "MB" else 1
+        line = (f"{self.label}: {share:4.0%} of {self.total / one:,.0f} {self.unit}, "
+                f"{come / one / max(taken, 1e-3):.1f} {self.unit}/s, "
+                f"{taken * (self.total - done) / max(come, 1):.0f} s left")
         print(f"\r{line:79}" if self.live else line, end="" if self.live and share < 1 else "\n",
               file=sys.stderr)
 

@@ -32,6 +32,7 @@ import train
 from model import GPT, Cache, GPTConfig, attend, draw
 from study import export, speed
 from study import copying, speed, when
+from study import generate, speed
 
 HERE = Path(__file__).resolve().parent
 OURS = dict(vocab_size=100, block_size=48, n_layer=3, n_head=2, n_embd=32)
@@ -884,6 +885,7 @@ def teach(tmp_path, monkeypatch):
     (GRADES.replace(": 8", ': "8/10"').replace("age", "Age_Group"), (8, 7, 6, 5, "D")),
     (GRADES.replace("8", "11"), "out of range"), (GRADES.replace("8", "-1"), "grammar"),
     (GRADES.replace(": 5", ": null"), "plot"), (GRADES.replace("8", '"8/5"'), "8/5"),
+    (GRADES.replace("8", '"8,5"'), "grammar"), (GRADES.replace("8", '"8-9"'), "grammar"),
     (GRADES.replace("plot", "story"), "plot: none"), (GRADES.replace('"D"', '"G"'), "age"),
     (GRADES.replace("plot", "grammar"), "single grammar"), (GRADES[:40], "consistency: none"),
     ("8/10 for grammar, 7/10 for creativity, 6/10 for consistency, 5/10 for plot, age D", "none"),
@@ -1323,6 +1325,112 @@ def test_what_is_learned_when(data, aged, teach, monkeypatch, capsys):
         path.unlink()
     with pytest.raises(SystemExit, match="--keep_checkpoints=True"):
         when.main([str(aged)])
+def tell(body, form="Words: {}\nSummary: Tom and\nAnn play.\n\n**Story:**\n\n{}", more=""):
+    """A teacher's story with the words that the request has in quotes."""
+    words = ", ".join(re.findall('"(.+?)"', body["messages"][0]["content"]))
+    return form.format(words, f'Once, {words}{more}.\n\n"Go on!" said Tom. And so they did.')
+
+
+@pytest.fixture
+def told(teach, tmp_path, capsys):
+    """Run study.generate with a teacher -> exit code, what was printed, stories, requests seen."""
+    def told(*options, script=tell, out=tmp_path / "new" / "mine.txt", url=teach.url):
+        Teacher.script, Teacher.seen = script, []
+        try:
+            code = generate.main(["--out", str(out), "--teacher", "kind-judge", "--base-url", url,
+                                  *options])
+        except SystemExit as error:
+            code = error.code
+        stories = out.read_text("utf-8").split("\n<|endoftext|>\n")[:-1] if out.exists() else []
+        return code or 0, "".join(capsys.readouterr()), stories, Teacher.seen
+    return told
+
+
+def test_what_a_teacher_is_asked_for(told, tmp_path, monkeypatch):
+    lists = generate.read_words()
+    words = [word for words in lists.values() for word in words]
+    assert len(words) == len({*words}) and all(450 <= len(words) <= 550 for words in lists.values())
+    asked = [generate.draw(lists, 0, number) for number in range(300)]
+    assert asked[7] == generate.draw(lists, 0, 7) != generate.draw(lists, 1, 7)
+    assert len({str(item["words"]) for item in asked}) == 300
+    assert 60 < sum(not item["features"] for item in asked) < 140
+    assert {name for item in asked for name in item["features"]} == {*generate.FEATURES}
+    monkeypatch.setattr("socket.socket.connect", None)                  # no network, no key
+    code, printed, _, _ = told("--dry-run", "--language", "Spanish", "--teacher", "gpt-6-luna",
+                               url="https://example.org/v1")
+    assert code == 0 and "Spanish" in printed and "1,000 calls" in printed and "$0." in printed
+    assert asked[0]["request"][0]["content"].split(". ")[1] in printed and not [*tmp_path.iterdir()]
+
+
+def test_a_teachers_replies_are_counted_and_become_a_data_set(told, tmp_path, monkeypatch):
+    odd = [chat(None, refusal="No."), "I am sorry, but no.", "", (400, {})]
+    odd += [lambda body: chat(tell(body), "length")] + 2 * [
+        lambda _: "WORDS: same\nSummary: Tom and Ann play.\nStory: The same. And so they did."]
+    odd += [lambda body: tell(body).replace("Words: ", "Words: snark, "),
+            lambda body: "<think>Words: no</think>Here it is:\n" + tell(body, more="<|endoftext|>")]
+    answers, lock = list(odd), threading.Lock()
+
+    def script(body):
+        with lock:
+            answer = answers.pop(0) if answers else tell
+        return answer(body) if callable(answer) else answer
+
+    code, printed, stories, _ = told("--n", "60", script=script)
+    assert code == 3 and len(stories) == 60 - 6, printed
+    for line in ("54, without a word that they should have: 2", "1 x a refusal", "1 x empty",
+                 "1 x not in the form", "1 x cut at", "1 x told before", "1 x Error code: 400"):
+        assert line in printed, printed
+    code, printed, stories, seen = told("--n", "60")                   # only what failed
+    assert (code, len(stories), len(seen)) == (0, 55, 1) and "python prepare.py mine" in printed
+    assert not any("endoftext" in story or "Summary" in story for story in stories)
+    code, _, records, seen = told("--n", "60", "--instruct")
+    assert code == 0 and not seen
+    for story, record in zip(stories, records, strict=True):
+        head, text = record.split("\nStory: \n\n")
+        fields = dict(line.split(": ", 1) for line in head.split("\n"))
+        assert text == story and fields and set(fields) <= set(prepare.FIELDS)
+        assert all(word in text for word in fields.get("Words", "").split(", "))
+        assert fields.get("Random sentence", "And so they did.") in text
+        assert fields.get("Summary", "Tom and Ann play.") == "Tom and Ann play."
+    monkeypatch.setattr(prepare, "HERE", tmp_path)
+    (tmp_path / "val.txt").write_text("A cat sat.")
+    folder = prepare.prepare("mine", tmp_path / "new" / "mine.txt", tmp_path / "val.txt", "bpe",
+                             vocab_size=300)
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta["train"]["stories"] == 55 and not meta["counts"]
+
+
+def test_a_kill_costs_no_story_twice(told, teach, tmp_path):
+    def slowly(body):
+        time.sleep(0.05)
+        return tell(body)
+
+    calm = told("--n", "60", out=tmp_path / "calm.txt")[2]
+    out, lines = tmp_path / "new" / "mine.txt", []
+    command = [sys.executable, "-m", "study.generate", "--out", out, "--n", "60", "--teacher",
+               "kind-judge", "--base-url", teach.url]
+    for how in (signal.SIGKILL, signal.SIGINT, None):
+        Teacher.script, Teacher.seen = slowly, []
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                   cwd=HERE)
+        while how and len(Teacher.seen) < 20 and process.poll() is None:
+            time.sleep(0.01)
+        if how:
+            process.send_signal(how)
+        assert process.wait(60) == {signal.SIGKILL: -9, signal.SIGINT: 130, None: 0}[how]
+        have = [line["request"] for line in lines]
+        asked = [body["messages"] for body in Teacher.seen]
+        assert not any(one in have for one in asked)
+        lines = grade.read_lines(out.with_suffix(".jsonl"))
+        kept = [line["request"] for line in lines]
+        assert how == signal.SIGKILL or all(one in kept for one in asked)
+    assert len(lines) == 60 == len({line["key"] for line in lines}) and len(calm) == 60
+    assert out.read_bytes() == (tmp_path / "calm.txt").read_bytes()
+    for other in ("other.txt", "calm.jsonl", "grades.txt"):             # not ours to change
+        (tmp_path / other).touch()
+    (tmp_path / "grades.jsonl").write_text('{"key": 1}\n')
+    assert all("--out" in str(told(out=tmp_path / other)[:2]) for other in (
+        "other.txt", "calm.jsonl", "grades.txt"))
 
 
 # ------------------------------------------------------------------------------------- the commands
