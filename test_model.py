@@ -33,6 +33,8 @@ from model import GPT, Cache, GPTConfig, attend, draw
 from study import export, speed
 from study import copying, speed, when
 from study import generate, speed
+from model import GPT, Cache, GPTConfig, attend, draw, look_back
+from study import inside, speed
 
 HERE = Path(__file__).resolve().parent
 OURS = dict(vocab_size=100, block_size=48, n_layer=3, n_head=2, n_embd=32)
@@ -1431,6 +1433,112 @@ def test_a_kill_costs_no_story_twice(told, teach, tmp_path):
     (tmp_path / "grades.jsonl").write_text('{"key": 1}\n')
     assert all("--out" in str(told(out=tmp_path / other)[:2]) for other in (
         "other.txt", "calm.jsonl", "grades.txt"))
+# ------------------------------------------------------------------------------------- the studies
+
+def test_recording_changes_nothing_and_sees_all_attention(model):
+    ids, attend = torch.randint(100, (40,)), inside.model.attend
+    with torch.no_grad():
+        plain = model(ids[None])[0][0]
+    logits, maps, neurons = inside.record(model, ids)
+    assert torch.equal(logits, plain) and inside.model.attend is attend
+    assert not any(block.mlp.down._forward_pre_hooks for block in model.blocks)
+    assert maps.shape == (3, 2, 40, 40) and neurons.shape == (3, 40, 128)
+    assert torch.allclose(maps.sum(dim=-1), torch.ones(3, 2, 40), atol=1e-5)
+    for layer, window in enumerate((0, model.config.window, 0)):
+        sees = look_back(40, 40, window or 40, "cpu")
+        assert (maps[layer][:, ~sees] == 0).all() and (maps[layer][:, sees] > 0).all()
+
+
+def test_what_heads_do_is_measured():
+    ids = torch.tensor([9, 1, 2, 3, 1, 2, 4])
+    back, repeat = torch.zeros(2, 7, 7)
+    back[range(7), [0, 0, 1, 2, 3, 4, 5]] = 1           # a head that looks at the token before
+    repeat[range(7), [0, 1, 2, 3, 2, 3, 6]] = 1         # at what followed the same token, or itself
+    name = torch.tensor([False, False, True] + [False] * 4)
+    columns = inside.measure(torch.stack((back, repeat))[None], ids, name, 10)
+    first, before, same, after, names, *reach = columns.T.tolist()[0]
+    assert (before, same, after, names) == (1, 0, 0, 0.25) and first == pytest.approx(1 / 6)
+    assert reach.index(max(reach)) == 1
+    first, before, same, after, names, *reach = columns.T.tolist()[1]
+    assert (first, before, same, after, names) == (0, 0, 0, 1, 0.25)
+    assert reach.index(max(reach)) == 0 and sum(reach) == pytest.approx(6 / 7)
+    alike = columns.T.tolist()[2]                       # no head: all tokens get as much
+    assert alike[1] == pytest.approx(sum(1 / n for n in range(2, 8)) / 6)
+
+
+def test_what_top_tokens_have_in_common_is_counted():
+    words = ["■", "Once", ",", " Tom", " saw", " a", " dog", ".", ' "', "He", '."', " So", " Tom"]
+    known = inside.facts(words)
+    does = {phrase: [word for word, it in zip(words, answers) if it is True]
+            for phrase, answers in known.items()}
+    assert does[inside.NAMES] == [" Tom", " Tom"] and does["are pronouns"] == ["He"]
+    assert does["are names that are new in their story"] == [" Tom"]
+    assert does["follow a, an or the"] == [" dog"] and does["stand in quotes"] == ["He", '."']
+    assert known["follow: {}"][4] == "tom" and known["stand before: {}"][4] == "a"
+    where = torch.tensor([3, 12, 9])[None, :, None]     # one layer, one neuron: Tom, Tom, He
+    for value, counted in ((1.0, 2), (0.0, 0)):         # what does not fire is not counted
+        count, base, place = (found[:, 0, 0].tolist() for found in inside.agree(
+            torch.full((1, 3, 1), value), where, [known[inside.NAMES], known["are: {}"]]))
+        assert count == [counted, counted] and base == pytest.approx([2 / 13] * 2)
+        assert place == [3, 3]
+
+
+@pytest.fixture
+def run(data, tmp_path, request):
+    """The folder of an untrained run of one kind, as train.py would leave it."""
+    tokenizer = prepare.load_tokenizer(data)
+    config = dict(KINDS[getattr(request, "param", "awake")], vocab_size=tokenizer.n_vocab)
+    torch.manual_seed(0)
+    torch.save({"model_config": config, "model": GPT(GPTConfig(**config)).state_dict()},
+               tmp_path / "ckpt.pt")
+    shutil.copy(data / "tokenizer.tiktoken", tmp_path)
+    meta = json.loads((data / "meta.json").read_text())
+    (tmp_path / "meta.json").write_text(json.dumps({**meta, "dataset": str(data)}))
+    return tmp_path
+
+
+@pytest.mark.parametrize("run", ["awake", "paper"], indirect=True)
+def test_the_page_shows_all_heads_and_the_largest_activations(run, data, capsys):
+    inside.main([str(run), "--text", "Tom <b> “é”\n& Tom", "--neuron", "1.7", "2.100",
+                 "--stories", "3"])
+    page, printed = (run / "inside.html").read_text(encoding="utf-8"), capsys.readouterr().out
+    assert re.findall(r'<svg id="(.*?)"', page) == ["0.0", "0.1", "1.0", "1.1", "2.0", "2.1"]
+    assert "<b> “" not in page and "&lt;" in page and "\\x" in page and "↵" in page
+    assert not re.search(r"http|src=|@import|url\(", page) and "inside.html" in printed
+    model, tokenizer = sample.load_run(run, "cpu", torch.float32)
+    outputs = []
+    model.blocks[1].mlp.up.register_forward_hook(lambda _, x, y: outputs.append(y[0, 1:, 7]))
+    stories = inside.read_stories(str(data), 3)
+    assert len(stories) == 3 and not any(prepare.MARK in story for story in stories)
+    for story in stories:
+        ids = [tokenizer.eot_token, *tokenizer.encode_ordinary(story)]
+        model(torch.tensor([ids[:48]]))
+    largest = model.blocks[1].mlp.act(torch.cat(outputs)).sort(descending=True).values[:20].tolist()
+    shown = page[page.index("<h3>1.7</h3>"):page.index("<h3>2.100</h3>")]
+    shown = [float(number) for number in re.findall(r"<td>([\d.]+)</td>", shown)]
+    assert shown == pytest.approx([x for x in largest if x > 0], abs=0.0051) and shown
+
+
+def test_inside_chooses_neurons_and_does_without_stories(run, capsys):
+    inside.main([str(run), "--neurons", "5", "--stories", "4"])
+    assert len(re.findall(r"<h3>\d", (run / "inside.html").read_text(encoding="utf-8"))) == 5
+    (run / "meta.json").unlink()
+    inside.main([str(run / "ckpt.pt")])
+    assert "python prepare.py" in capsys.readouterr().err
+    assert "python prepare.py" in (run / "inside.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("arguments, code, says", [
+    (["--neuron", "3.0"], 2, "3 layers of 128 neurons, named 0.0 to 2.127"),
+    (["--neuron", "0.128"], 2, "no neuron 0.128"), (["--neuron", "x"], 2, "no neuron x"),
+    (["--text", "a " * 200], 2, "1 to 47"), (["--text", ""], 2, "has 0 tokens"),
+    (["--stories", "0"], 2, "1 or more"), (["--dataset", "nowhere"], 1, "prepare.py nowhere")])
+def test_what_is_not_inside_is_said_in_words(run, arguments, code, says, capsys):
+    with pytest.raises(SystemExit) as error:
+        inside.main([str(run), *arguments])
+    message = capsys.readouterr().err if code == 2 else error.value.code
+    assert (error.value.code == 2) == (code == 2) and says in message
+    assert not (run / "inside.html").exists()
 
 
 # ------------------------------------------------------------------------------------- the commands
