@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -1568,6 +1569,34 @@ def test_from_stories_to_a_story(data, tmp_path):
     talk = script("sample.py", moved, "--prompt", "-", "--max_new_tokens", "3", check=0,
                   input="Hello\nTwo\n\n")
     assert talk.stdout.startswith("Hello") and "\nTwo" in talk.stdout
+
+
+def test_the_notebook_runs_from_top_to_bottom_and_again(data, tmp_path, monkeypatch):
+    """Its cells as Colab runs them: a line that begins with ! goes to the shell."""
+    notebook = json.loads((HERE / "study" / "colab.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "IPython.display", types.SimpleNamespace(Image=Path))
+    monkeypatch.setitem(sys.modules, "google", None)        # not on Colab
+    monkeypatch.chdir(HERE / "study")
+    said, out = [], tmp_path / "run"
+
+    def shell(command):
+        if command.startswith("python"):                    # not pip, nor git
+            done = subprocess.run(command.replace("python", sys.executable, 1), shell=True,
+                                  capture_output=True, text=True, encoding="utf-8", timeout=300)
+            assert done.returncode == 0, command + done.stderr
+            said.append(done.stdout)
+
+    for _ in "12":
+        names = {"shell": shell}
+        for cell in cells:
+            lines = "".join(cell["source"]).replace('"out/demo"', repr(str(out)))
+            lines = lines.replace('SETTINGS = ""', f"SETTINGS = {' '.join(small(data, out))!r}")
+            exec(re.sub(r"(?m)^( *)!(.*)", r'\1shell(f"""\2""")', lines), names)
+    assert (out / "loss.png").exists() and "Done in" in said[0] and "is finished" in said[3]
+    assert said[1:3] == said[4:]
 
 
 def test_the_speed_table_has_a_row_for_each_contestant(monkeypatch, capsys):
