@@ -533,24 +533,6 @@ def check_options(parser, args, name, *more):
         parser.error(f"--max-cost needs --price-in and --price-out: {name} is not in PRICES")
 
 
-def finish(command, args):
-    """Run command(args) and leave with the exit code that it returns."""
-    sys.stdout.reconfigure(errors="replace")
-    try:
-        code = command(args)
-        sys.stdout.flush()
-    except (KeyboardInterrupt, EOFError):
-        print("\nStopped. The same command goes on.", file=sys.stderr)
-        code = 130
-    except BrokenPipeError:                 # | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code = 0
-    except OSError as error:
-        raise SystemExit(f"Cannot read or write {error.filename}: {error.strerror}.")
-    if code:
-        raise SystemExit(code)
-
-
 # --------------------------------------------------------------------------------- the two turns
 
 def ask_me(task, messages, more):
@@ -959,7 +941,7 @@ def main(argv=None):
         (not all(map(os.path.isfile, files)), f"no such file: {' or '.join(files)}"))
     if args.judge == "me":
         args.base_url = ""
-    finish(grade, args)
+    prepare.command(grade, args)
 
 
 if __name__ == "__main__":

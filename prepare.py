@@ -63,6 +63,30 @@ SAMPLES = {"sample": False, "sample-instruct": True}    # by the grammar; True: 
 SAMPLE_STORIES = {"val": 1_000, "train": 30_000}
 
 
+def command(work, *arguments):
+    """Do the work of a script, and leave with the exit code that it returns. Whatever can come in
+    its way from outside ends in a sentence."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")    # a console that lacks a character shows a ?
+    try:
+        code = work(*arguments)
+        sys.stdout.flush()
+    except (KeyboardInterrupt, EOFError):
+        print("\nStopped. The same command goes on where it was, if the work is a long one.",
+              file=sys.stderr)
+        code = 130
+    except BrokenPipeError:                     # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = 141
+    except OSError as error:
+        free = f"{shutil.disk_usage(HERE).free / 1e6:,.0f} MB are free"
+        raise SystemExit(f"The disk is full: {free}. Make room and run the same command again."
+                         if error.errno == errno.ENOSPC else
+                         f"Cannot read or write {error.filename}: {error.strerror}.")
+    if code:
+        raise SystemExit(code)
+
+
 def write_whole(path, write):
     """Write a file whole or not at all: write(file) fills a temporary one, which then takes its
     place. Whatever goes wrong, what was there before stays."""
@@ -642,18 +666,7 @@ def main(argv=None):
         parser.error("--vocab_size must lie between 257 (the bytes and the end mark) and 65,536 "
                      "(what uint16 holds)")
     del args.ood                            # the name says it
-    try:
-        prepare(**vars(args))
-    except KeyboardInterrupt:
-        print("\nStopped. The same command goes on (a download where it was, the rest from its "
-              "start).", file=sys.stderr)
-        raise SystemExit(130)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise SystemExit(f"Cannot read or write a file: {error}.")
-        free = shutil.disk_usage(HERE / "data" / args.name).free
-        raise SystemExit(f"The disk is full: {free / 1e6:,.0f} MB are free. Make room and run the "
-                         "same command again.")
+    command(lambda: prepare(**vars(args)) and None)
 
 
 if __name__ == "__main__":

@@ -135,32 +135,36 @@ def main(argv=None):
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device; leave --device away")
 
-    sys.stdout.reconfigure(errors="replace")        # a console that lacks a character shows a ?
+    prepare.command(answer, args, prompts)
+
+
+def answer(args, prompts):
+    """Let the runs tell what was asked for."""
     how = {name: getattr(args, name) for name in
            ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
-    try:
-        loaded = [load_run(run, args.device) for run in args.runs]
-        rows = [prompt for prompt in prompts for _ in range(args.num_samples)]
-        if len(loaded) > 1:
-            columns = [tell(*one, rows, **how) for one in loaded]
-            head = ["prompt", *args.runs]
-            for cells in [head, ["---"] * len(head), *zip(rows, *columns)]:
-                lines = ("<br>".join(cell.strip().splitlines()) for cell in cells)
-                print("| " + " | ".join(line.replace("|", "\\|") for line in lines) + " |")
-        elif prompts == ["-"]:
-            print("Begin a story, and the model goes on. An empty line ends.", file=sys.stderr)
-            for line in iter(lambda: input("> ") if sys.stdin.isatty() else
-                             sys.stdin.readline().rstrip("\n"), ""):
-                write(*loaded[0], line, **how)
-                how["seed"] += 1
-        elif len(rows) == 1:
-            write(*loaded[0], prompts[0], **how)
-        else:
-            for prompt, story in zip(rows, tell(*loaded[0], rows, **how)):
-                print(prompt + story + "\n" + "-" * 40)
-    except (KeyboardInterrupt, EOFError):
-        print()
-        raise SystemExit(130)
+    loaded = [load_run(run, args.device) for run in args.runs]
+    rows = [prompt for prompt in prompts for _ in range(args.num_samples)]
+    if len(loaded) > 1:
+        columns = [tell(*one, rows, **how) for one in loaded]
+        head = ["prompt", *args.runs]
+        for cells in [head, ["---"] * len(head), *zip(rows, *columns)]:
+            lines = ("<br>".join(cell.strip().splitlines()) for cell in cells)
+            print("| " + " | ".join(line.replace("|", "\\|") for line in lines) + " |")
+    elif prompts == ["-"]:
+        print("Begin a story, and the model goes on. An empty line ends.", file=sys.stderr)
+        while line := ask():
+            write(*loaded[0], line, **how)
+            how["seed"] += 1
+    elif len(rows) == 1:
+        write(*loaded[0], prompts[0], **how)
+    else:
+        for prompt, story in zip(rows, tell(*loaded[0], rows, **how)):
+            print(prompt + story + "\n" + "-" * 40)
+
+
+def ask():
+    """A line from the terminal, or of a file; "" at its end."""
+    return input("> ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
 
 
 if __name__ == "__main__":

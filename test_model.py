@@ -30,12 +30,8 @@ import grade
 import prepare
 import sample
 import train
-from model import GPT, Cache, GPTConfig, attend, draw
-from study import export, speed
-from study import copying, speed, when
-from study import generate, speed
 from model import GPT, Cache, GPTConfig, attend, draw, look_back
-from study import inside, speed
+from study import copying, export, generate, inside, speed, when
 
 HERE = Path(__file__).resolve().parent
 OURS = dict(vocab_size=100, block_size=48, n_layer=3, n_head=2, n_embd=32)

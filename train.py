@@ -698,21 +698,11 @@ def against(whole, bound):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    for stream in (sys.stdout, sys.stderr):         # a console that lacks a character shows a ?
-        stream.reconfigure(errors="replace")
     if "-h" in argv or "--help" in argv:
         print(__doc__ + "\n" + inspect.getsource(Settings))
         return
-    settings = load_config(argv)
     try:
-        train(settings)
-    except KeyboardInterrupt:                       # before the first step, or after the last
-        print("\nStopped. The same command goes on.", file=sys.stderr)
-        raise SystemExit(130)
-    except BrokenPipeError:                         # | head
-        os._exit(141)
-    except OSError as error:
-        raise SystemExit(f"Cannot read or write {error.filename}: {error.strerror}.")
+        prepare.command(train, load_config(argv))
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate" not in str(error):
             raise

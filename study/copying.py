@@ -16,8 +16,6 @@ counts words, cuts nothing and looks in all stories.
 """
 
 import argparse
-import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -147,9 +145,7 @@ def draw(path, shared, seen, title):
         panel.legend(fontsize=8)
         panel.grid(alpha=0.3)
     figure.suptitle(title)
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, format="png", dpi=120)
-    os.replace(part, path)
+    prepare.write_whole(path, lambda file: figure.savefig(file, dpi=120))
     plt.close(figure)
 
 
@@ -221,9 +217,8 @@ def study(args):
         parts += [f"## The worst of the {kind}: {share:.0%} of its 3-grams are in one story",
                   f"| ... {before} ... | training story {near[3][1][i]:,} |\n|---|---|\n"
                   f"| {mine} | {theirs} |"]
-    part = folder / "copying.md.part"
-    part.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    os.replace(part, folder / "copying.md")
+    text = "\n\n".join(parts) + "\n"
+    prepare.write_whole(folder / "copying.md", lambda file: file.write(text.encode()))
     print(f"\n{facts}\n\n{table}\n\nSide by side: {folder / 'copying.md'}   The picture: "
           f"{folder / 'copying.png'}")
 
@@ -240,14 +235,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.n < 2 or args.temperature < 0 or args.seed < 0:
         parser.error("--n must be 2 or more; --temperature and --seed must not be negative")
-    sys.stdout.reconfigure(errors="replace")
-    try:
-        study(args)
-    except KeyboardInterrupt:
-        print("\nStopped. The same command begins anew.", file=sys.stderr)
-        raise SystemExit(130)
-    except OSError as error:
-        raise SystemExit(f"Cannot read or write {error.filename}: {error.strerror}.")
+    prepare.command(study, args)
 
 
 if __name__ == "__main__":

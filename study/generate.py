@@ -188,7 +188,7 @@ def main(argv=None):
     grade.check_options(parser, args, args.teacher, (args.n < 1, "--n must be 1 or more"),
                         (args.out.suffix != ".txt" or args.out.is_dir(),
                          "--out must be the name of a text file, something.txt"))
-    grade.finish(generate, args)
+    prepare.command(generate, args)
 
 
 if __name__ == "__main__":

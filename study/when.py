@@ -13,9 +13,7 @@ After arXiv 2305.07759, Figure 3.
 
 import argparse
 import json
-import os
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -101,9 +99,7 @@ def draw(path, log, graded, checks, bound):
         panel.xaxis.set_minor_formatter("")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8, loc="upper right" if panel is loss else "upper left")
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, format="png", dpi=120)
-    os.replace(part, path)
+    prepare.write_whole(path, lambda file: figure.savefig(file, dpi=120))
     plt.close(figure)
 
 
@@ -151,9 +147,8 @@ def study(args, check=None):
     for i, prompt in enumerate(prompts):
         lines = [f"* **{step:,}** ... " + " ".join(told[step][i].split()) for step in files]
         parts += [grade.quote(f"{prompt} ..."), "\n".join(lines).replace("<", "&lt;")]
-    part = folder / "when.md.part"
-    part.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    os.replace(part, folder / "when.md")
+    text = "\n\n".join(parts) + "\n"
+    prepare.write_whole(folder / "when.md", lambda file: file.write(text.encode()))
     print("\n" + "\n\n".join([table, *notes]) + f"\n\nWhat it said: {folder / 'when.md'}   The "
           f"curves: {folder / 'when.png'}")
 
@@ -171,14 +166,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.max_new_tokens < 1 or args.temperature < 0 or args.seed < 0:
         parser.error("--max_new_tokens must be 1 or more; --temperature and --seed not negative")
-    sys.stdout.reconfigure(errors="replace")
-    try:
-        study(args)
-    except KeyboardInterrupt:
-        print("\nStopped. The same command begins anew.", file=sys.stderr)
-        raise SystemExit(130)
-    except OSError as error:
-        raise SystemExit(f"Cannot read or write {error.filename}: {error.strerror}.")
+    prepare.command(study, args)
 
 
 if __name__ == "__main__":
