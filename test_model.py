@@ -951,7 +951,8 @@ def test_true_endings_pass_all_checks_and_others_do_not(stories):
     ("grammar", r"\b([Tt]h)e (?=\w)", r"\1e the "), ("grammar", r"\ba (?=\w)", "an "),
     ("grammar", r"[.!?]\"?$", ""), ("grammar", '"', ""), ("grammar", r"(?<=[.] )[A-Z]", "x"),
     ("pronoun", r"\bhe\b", "she"), ("pronoun", r"\bhis\b", "her"), ("name", r"\bTom\b", "Ben"),
-    ("name", r"\bMia\b", "Zoe"), ("thing", r"\bred\b", "blue"), ("thing", r"\b(robot|drum|doll)\b", "kite"),
+    ("name", r"\bMia\b", "Zoe"), ("thing", r"\bred\b", "blue"),
+    ("thing", r"\b(robot|drum|doll)\b", "kite"),
     ("plot", r"\n\n.*", ""), ("plot", r"\b(saw|found|lost)\b", "sang")])
 def test_a_check_finds_the_fault_it_is_for(stories, check, right, wrong):
     found = []

@@ -1,6 +1,6 @@
 """How large must a model be to tell a story, and should it be deep or wide?
 
-    python -m study.sizes --grid demo       # nine small models: a quarter of an hour on two cores
+    python -m study.sizes --grid demo       # nine small models: less than twenty minutes on two cores
     python -m study.sizes --grid paper      # the paper's Figure 4: hours on a large GPU
     python -m study.sizes --grid heads      # its Figure 24: two, four, eight heads
     python -m study.sizes --grid demo --grade "--judge llama3.1 --n 2"      # options of grade.py
@@ -35,7 +35,7 @@ from study.checks import CHECKS, check_run
 # of a head. Half the width and four times the layers are as many parameters.
 GRIDS = {
     "demo": dict(config="config/demo.py", head=32, widths=(32, 64, 128), layers=(1, 2, 4),
-                 changes=("--max_steps=900", "--eval_interval=150", "--eval_tokens=20_480")),
+                 changes=("--max_steps=1_000", "--eval_interval=200", "--eval_tokens=20_480")),
     "paper": dict(config="config/tiny_8l.py", head=64, widths=(64, 128, 256, 512, 768, 1024),
                   layers=(1, 2, 4, 8, 12), changes=("--micro_batch=32",)),
     "heads": dict(config="config/tiny_8l.py", heads=(2, 4, 8), widths=(768,), layers=(1, 2),
@@ -132,13 +132,15 @@ def shared(rows):
 def conclusions(rows, n):
     """What the numbers say by themselves -> lines of Markdown."""
     names = sorted(rows, key=lambda name: rows[name]["parameters"])
-    scores, lines = shared(rows), []
+    scores, reached = shared(rows), []
     for score in scores:
         marks = {name: rows[name]["scores"][score] for name in names}
         half, unit = (50, " %") if score in CHECKS else (5, " of 10")
         able, best = [name for name in names if marks[name] >= half], max(names, key=marks.get)
-        lines.append(f"* {score}: {f'{half}{unit} from {able[0]} on' if able else 'never half'}; "
-                     f"the best is {best} with {marks[best]:.3g}{unit}")
+        line = f"{able[0]} is the smallest that reaches" if able else "none reaches"
+        line = f"* {score}: {line} {half}{unit}; the best is {best} with {marks[best]:.3g}{unit}"
+        reached.append((names.index(able[0]) if able else len(names), line))
+    lines = [line for _, line in sorted(reached)]       # what a small model can do stands first
     for what, wider, deeper, headed in (
             ("Twice the width, as many layers (four times the parameters)", 2, 1, None),
             ("Twice the layers, the same width (twice the parameters)", 1, 2, 1),
@@ -252,8 +254,9 @@ def draw_maps(path, rows):
         for row in rows.values():
             place = down.index(row["layers"]), across.index((row["width"], row["heads"]))
             values[place] = row["loss"] if what == "loss" else row["scores"][what]
-        image = ax.imshow(values, aspect="auto", cmap="viridis_r" if what == "loss" else "viridis",
-                          vmin=None if what == "loss" else 0)
+        image = ax.imshow(values, aspect="auto", **(
+            {"cmap": "viridis_r"} if what == "loss" else
+            {"cmap": "viridis", "vmin": 0, "vmax": 100 if what in CHECKS else 10}))
         for (y, x), value in np.ndenumerate(values):
             light = sum(image.cmap(image.norm(value))[:3]) > 1.5
             ax.text(x, y, f"{value:.3g}", ha="center", va="center", color="k" if light else "w")
@@ -303,10 +306,10 @@ def main(argv=None):
     if args.n < 1:
         parser.error("-n must be 1 or more")
     sys.stdout.reconfigure(errors="replace")
-    runs, rows = plan(args.grid, changes), {}
-    folder, costs = Path(runs[0].out_dir).parent, [work(settings) for settings in runs]
-    print(f"{len(runs)} runs, {sum(costs):.1e} operations in all", flush=True)
     try:
+        runs, rows = plan(args.grid, changes), {}
+        folder, costs = Path(runs[0].out_dir).parent, [work(settings) for settings in runs]
+        print(f"{len(runs)} runs, {sum(costs):.1e} operations in all", flush=True)
         for i, settings in enumerate(runs):
             name = Path(settings.out_dir).name
             left = sum(costs[i:]) / max(sum(costs[:i]), 1) * sum(
