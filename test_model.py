@@ -31,7 +31,7 @@ import prepare
 import sample
 import train
 from model import GPT, Cache, GPTConfig, attend, draw, look_back
-from study import copying, export, generate, inside, speed, when
+from study import checks, copying, export, generate, inside, sizes, speed, when
 
 HERE = Path(__file__).resolve().parent
 OURS = dict(vocab_size=100, block_size=48, n_layer=3, n_head=2, n_embd=32)
@@ -1312,7 +1312,10 @@ def test_what_is_learned_when(data, aged, teach, monkeypatch, capsys):
     capsys.readouterr()                                     # not mixed with the other's
     how = argparse.Namespace(run=aged, prompt=["Tom <3"], device="cpu", temperature=0, seed=0,
                              max_new_tokens=3)
-    when.study(how, check=lambda model, tokenizer: {"the plot": 0.25})
+    meta = json.loads((aged / "meta.json").read_text())
+    (aged / "meta.json").write_text(json.dumps({**meta, "dataset": "sample"}))
+    monkeypatch.setattr(when, "check_run", lambda *_: {"plot": 0.25})
+    when.study(how)
     table = [line.split("|") for line in capsys.readouterr().out.splitlines() if "| step" in line]
     assert {row[1].strip(): "8.00" in row[5] for row in table} == {
         "step 5": True, "step 10": False, "step 12": True}
@@ -1536,6 +1539,63 @@ def test_what_is_not_inside_is_said_in_words(run, arguments, code, says, capsys)
     message = capsys.readouterr().err if code == 2 else error.value.code
     assert (error.value.code == 2) == (code == 2) and says in message
     assert not (run / "inside.html").exists()
+def test_true_endings_pass_all_checks_and_others_do_not(stories):
+    told = [checks.cut(story)[1] for story in stories[:300]]
+    assert checks.share(stories[:300], told) == dict.fromkeys(checks.CHECKS, 1.0)
+    other = checks.share(stories[:99], told[1:100])
+    assert max(other["name"], other["thing"], other["plot"]) < 0.15
+    assert max(checks.share(stories[:9], [""] * 9).values()) == 0.0
+    sample_texts = {story.text for story in checks.held_out(20)}
+    assert len(sample_texts) == 20 and not sample_texts & {story.text for story in stories}
+
+
+@pytest.mark.parametrize("check, right, wrong", [
+    ("grammar", r"\b([Tt]h)e (?=\w)", r"\1e the "), ("grammar", r"\ba (?=\w)", "an "),
+    ("grammar", r"[.!?]\"?$", ""), ("grammar", '"', ""), ("grammar", r"(?<=[.] )[A-Z]", "x"),
+    ("pronoun", r"\bhe\b", "she"), ("pronoun", r"\bhis\b", "her"), ("name", r"\bTom\b", "Ben"),
+    ("name", r"\bMia\b", "Zoe"), ("thing", r"\bred\b", "blue"),
+    ("thing", r"\b(robot|drum|doll)\b", "kite"),
+    ("plot", r"\n\n.*", ""), ("plot", r"\b(saw|found|lost)\b", "sang")])
+def test_a_check_finds_the_fault_it_is_for(stories, check, right, wrong):
+    found = []
+    for story in stories:
+        ending = checks.cut(story)[1]
+        bad = re.sub(right, wrong, ending, count=1)
+        if bad != ending and checks.CHECKS[check](story, ending):
+            found.append(checks.CHECKS[check](story, bad) is False)
+        if len(found) == 40:
+            break
+    assert len(found) == 40 and sum(found) > 20     # what is not bound may change
+
+
+def test_a_grid_is_trained_once_and_reported(data, tmp_path, monkeypatch, capsys):
+    shutil.copytree(data, tmp_path / "set")
+    meta = json.loads((data / "meta.json").read_text()) | {"dataset": "sample"}
+    (tmp_path / "set" / "meta.json").write_text(json.dumps(meta))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sizes.GRIDS, "demo", dict(
+        config=str(HERE / "config" / "demo.py"), head=16, widths=(16,), layers=(1, 2),
+        changes=("--max_steps=4", "--eval_interval=2", "--eval_tokens=640", "--block_size=128",
+                 "--batch_tokens=256", "--device=cpu", f"--dataset={tmp_path / 'set'}")))
+    monkeypatch.setattr(checks, "LONGEST", 20)
+    monkeypatch.setattr(train, "draw_loss", lambda *_: None)
+    sizes.main(["--grid", "demo", "-n", "6"])
+    folder = tmp_path / "out" / "sizes" / "demo"
+    text, printed = (folder / "report.md").read_text(), capsys.readouterr().out
+    assert printed.count("\n| w") == text.count("\n| w") == 2 and "step" not in printed
+    assert "| w16_l2_h2 | 16    | 2 " in text and "(twice the parameters): loss" in text
+    assert all(check + ", % of endings" in text for check in checks.CHECKS) and "nan" not in text
+    assert {path.name for path in folder.glob("*.png")} == {"maps.png", "frontiers.png"}
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.pt")}
+    (folder / "w16_l1_h2" / "grades.jsonl").write_text(json.dumps({
+        "key": "a", "task": "story", "model": "w16_l1_h2", "judge": "me",
+        "grades": dict.fromkeys(grade.NUMBERS, 7.5)}))
+    monkeypatch.setattr(sizes, "check_run", None)           # nothing is measured again
+    sizes.main(["--grid", "demo", "-n", "6"])
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.pt")}
+    assert "plot (me)" in (folder / "report.md").read_text() and len(before) == 2
+    with pytest.raises(SystemExit, match="other settings: seed"):
+        sizes.main(["--grid", "demo", "-n", "6", "--seed=1"])
 
 
 # ------------------------------------------------------------------------------------- the commands

@@ -569,6 +569,9 @@ def train(settings):
         f"{settings.max_steps * tokens_per_step / meta['train']['tokens']:.2f} epochs; "
         f"{device.type}, {str(dtype)[6:]}{', compiled' if compiled else ''}"
         + (f"; going on from step {step:,}" if step else ""))
+    say(f"twenty tokens a parameter (arXiv 2203.15556): {20 * model.count_parameters():,} tokens; "
+        f"this data's {meta['train']['tokens']:,} feed a model of "
+        f"{meta['train']['tokens'] // 20:,} parameters")
     if twins := meta.get("counts", {}).get("kept: also in validation"):
         say(f"{twins:,} stories of the training text stand in validation, too: its loss flatters.")
 

@@ -16,7 +16,6 @@ counts words, cuts nothing and looks in all stories.
 """
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -163,9 +162,8 @@ def marked(tokenizer, ids, other, k=3):
 
 
 def study(args):
-    file = Path(args.run)
-    folder = file if file.is_dir() else file.parent
-    model, tokenizer = sample.load_run(file, args.device)
+    folder = sample.find_run(args.run).parent
+    model, tokenizer = sample.load_run(args.run, args.device)
     path, eot = grade.training_file(folder, args.data), tokenizer.eot_token
     if not path:
         raise SystemExit(f"The train.bin that {folder} has learned from is not in "

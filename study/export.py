@@ -91,12 +91,7 @@ def main(argv=None):
     parser.add_argument("run", help="a run's folder, or one of its checkpoint files")
     parser.add_argument("folder", type=Path, help="what to write; it is made if it is not there")
     args = parser.parse_args(argv)
-    try:
-        export(args.run, args.folder)
-    except OSError as error:
-        raise SystemExit(f"Cannot read or write {error.filename}: {error.strerror}.")
-    except KeyboardInterrupt:
-        raise SystemExit(130)
+    prepare.command(export, args.run, args.folder)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ them are held at once, for 8,000 tokens: tiny_8l takes 1 GB, and half a minute. 
 import argparse
 import html
 import json
-import os
 import re
 import string
 import sys
@@ -217,68 +216,7 @@ def show_neurons(words, known, neurons, chosen, n):
 
 # ----------------------------------------------------------------------------------------- the page
 
-PAGE = string.Template("""<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
-<title>Inside $run</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1300px; margin: 2em auto; padding: 0 1em }
-td, th { padding: 0 .6em; text-align: right; white-space: pre }
-#text { position: sticky; top: 0; background: white; padding: .7em 0; white-space: pre-wrap }
-#text span { border-right: 1px solid #eee }
-.maps { display: grid; grid-template-columns: repeat($heads, 1fr); gap: 1em .7em }
-figure { margin: 0; cursor: zoom-in; font-size: 13px } figure.big { grid-column: 1 / -1 }
-svg { background: #f6f6f6; font-size: .8px } use { display: none } .big use { display: inline }
-path { stroke: #c40 } .row { stroke: transparent } .row:hover { stroke: #ddd }
-.neurons { display: grid; grid-template-columns: repeat(auto-fit, minmax(580px, 1fr)); gap: 2em }
-.neurons td { padding: 0 } .neurons td:nth-child(2) { text-align: left }
-.neurons td:nth-child(3) { padding-left: 1em; color: gray }
-</style>
-<h1>Inside $run</h1>
-<p>$about</p>
-<h2>What do its heads look at?</h2>
-<p><b>To read it:</b> each square is a head, named layer.head. A row is a token that asks, a column
-one that is looked at; the darker, the more of the attention goes there (by the root of the share).
-Point at a row, or at a word for the map pointed at last, and the words show where the head looks
-from there. Click to enlarge a map. ■ is the end mark, which stands before each story. Under a map
-stands what the head does most, compared with one that looks at all tokens alike.</p>
-<p><b>The paper</b> (one layer, 16 heads) found heads that look a fixed distance back: lines along
-the diagonal. And heads that look for a meaning, such as from an article to the noun that it will
-announce, or from most words to the protagonists: dots, and columns.</p>
-<div id="text"><b>Point at a map: </b>$words</div>
-<svg width="0" height="0" style="position: absolute"><g id="labels">$labels</g></svg>
-<div class="maps">$maps</div>
-<h3>The same in numbers, over $tokens tokens</h3>
-<table>$table</table>
-<ul>$columns</ul>
-<h2>What do its neurons fire on?</h2>
-<p><b>To read it:</b> a neuron, named layer.number, stands above its $top tokens of highest
-activation, in their contexts (before a ■ stands another story, which it had not read). The colour
-is its activation on each token. The line above counts what can be counted of the $top, beside the
-share of all tokens that do the same. Unless you named them: first comes the neuron with the largest
-activation of all, then for each thing that is counted the one whose top tokens agree most.</p>
-<p><b>The paper</b> (width 64, 8 layers) found neurons that fire on pronouns, on verbs of action, on
-adjectives, and one, whose activation is the largest of all, on the protagonist's name when it is
-introduced.</p>
-<div class="neurons">$neurons</div>
-<script>
-const words = [...document.querySelectorAll("#text span")]
-let map = document.querySelector(".maps svg")
-onmouseover = ({target}) => {
-  const asked = target.closest(".maps g"), word = words.indexOf(target)
-  if (!asked && word < 0) return
-  if (asked) map = asked.parentNode
-  const rows = [...map.querySelectorAll("g")], i = asked ? rows.indexOf(asked) : word
-  const shares = rows[i].dataset.shares.split(" ")
-  words.forEach((span, j) => {
-    span.style.background = `rgba(204, 68, 0, $${Math.sqrt((shares[j] || 0) / 100)})`
-    span.style.outline = i == j ? "2px solid" : ""
-  })
-  document.querySelector("#text b").textContent = `Head $${map.id}: `
-}
-onclick = ({target}) => target.closest("figure")?.classList.toggle("big")
-</script>
-""")
+PAGE = prepare.HERE / "study" / "inside.html"      # with $names for what is filled in
 
 
 def tinted(tag, text, share):
@@ -323,7 +261,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.stories < 1 or args.neurons < 1:
         parser.error("--stories and --neurons must be 1 or more")
-    sys.stdout.reconfigure(errors="replace")        # a console that lacks a character shows a ?
+    prepare.command(study, parser, args)
+
+
+def study(parser, args):
     gpt, tokenizer = sample.load_run(args.run, "cpu", torch.float32)
     layers, width, longest = gpt.config.n_layer, 4 * gpt.config.n_embd, gpt.config.block_size
     chosen = []
@@ -334,7 +275,7 @@ def main(argv=None):
                          f"neurons, named 0.0 to {layers - 1}.{width - 1}")
         chosen.append((layer, number))
 
-    folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
+    folder = sample.find_run(args.run).parent
     dataset, meta = args.dataset or "", folder / "meta.json"
     if not dataset and meta.is_file():
         dataset = json.loads(meta.read_text(encoding="utf-8")).get("dataset", "")
@@ -360,7 +301,7 @@ def main(argv=None):
         print(lack, file=sys.stderr)
         drawn = html.escape(lack)
     labels = [html.escape(word.replace("\n", "↵")) for word in spell(tokenizer, ids)]
-    page = PAGE.substitute(
+    page = string.Template(PAGE.read_text(encoding="utf-8")).substitute(
         run=html.escape(folder.as_posix()), heads=gpt.config.n_head, maps=maps, table=table,
         about=f"{layers} layers, each of {gpt.config.n_head} heads and {width} neurons, that read "
         + (f"{len(stories)} stories of {html.escape(dataset)}." if stories else "the text below."),
@@ -371,13 +312,9 @@ def main(argv=None):
         columns="".join(f"<li><b>{name}</b>: {what}</li>" for name, what in COLUMNS.items()),
         neurons=drawn, top=TOP)
     out = folder / "inside.html"
-    out.with_suffix(".part").write_text(page, encoding="utf-8")
-    os.replace(out.with_suffix(".part"), out)
+    prepare.write_whole(out, lambda file: file.write(page.encode()))
     print(f"\nOpen {out.as_posix()} in a browser.")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit(130)
+    main()

@@ -6,9 +6,9 @@
     python -m study.when out/when --prompt "Tom was sad because" --prompt "Once" --temperature 0.8
 
 A run that keeps its checkpoints can be asked again at every age. Each of them goes on with the same
-three beginnings; what they say stands one under the other in out/<run>/when.md, with the loss and,
-where grade.py has graded these checkpoints, their grades. when.png draws the curves.
-After arXiv 2305.07759, Figure 3.
+three beginnings; what they say stands one under the other in out/<run>/when.md, with the loss, the
+checks of study/checks.py if the stories are our grammar's, and the grades if grade.py has graded
+these checkpoints. when.png draws the curves. After arXiv 2305.07759, Figure 3.
 """
 
 import argparse
@@ -21,7 +21,9 @@ import grade
 import prepare
 import sample
 import train
+from study.checks import CHECKS, check_run
 
+CHECKED = 100                       # stories that each checkpoint ends, where they can be checked
 PAPER_TOKENS = 80 * 16 * 512        # of a step
 PAPER = ("The paper (Figure 3: width 768, TinyStories, constant learning rate): grammar stops "
          "rising after 300-500 steps, consistency and creativity go on; the validation loss of 4, "
@@ -103,8 +105,7 @@ def draw(path, log, graded, checks, bound):
     plt.close(figure)
 
 
-def study(args, check=None):
-    """check: a function (model, tokenizer) -> {name: share}, for what needs no judge."""
+def study(args):
     folder = Path(args.run).parent if Path(args.run).is_file() else Path(args.run)
     files, meta, log = kept(folder), grade.read_meta(folder), train.read_log(folder / "log.csv")
     dataset = meta.get("dataset", "unknown")
@@ -127,14 +128,17 @@ def study(args, check=None):
         if step in graded:
             row |= {name: grade.cell(grade.scores(graded[step], name).values())
                     for name in grade.NUMBERS}
-        if check:
-            checks[step] = check(model, tokenizer)
+        if dataset == "sample":             # told by our grammar, which can check it
+            checks[step] = check_run(model, tokenizer, CHECKED)
             row |= {name: f"{share:.0%}" for name, share in checks[step].items()}
 
     bound = meta.get("entropy_bound", {}).get("nats_per_token")
     draw(folder / "when.png", log, graded, checks, bound)
     notes = [f"The grammar's own entropy: {bound:.3f} nats per token of whole stories."] if bound \
         else []
+    if checks:
+        notes.append("\n".join(f"* {name}: {' '.join(CHECKS[name].__doc__.split())}"
+                               for name in CHECKS))
     notes += [f"Grades by {judge}: means and 95 % intervals, without empty stories." if graded else
               "No judge has graded these checkpoints: python grade.py "
               f"{(folder / 'ckpt_*.pt').as_posix()} --n 1"]
