@@ -375,8 +375,8 @@ def clean(story, counts):
 
 
 def keep_apart(record, counts):
-    """An instruct record with a summary and words -> the same with only one of them, so that a model
-    which learns from such records never sees both (the paper's TinyStories-Instruct-OOD)."""
+    """An instruct record with a summary and words -> the same with only one of them, so that a
+    model never sees both while it learns (the paper's TinyStories-Instruct-OOD)."""
     head, story, text = record.partition("\nStory:")
     names = re.findall(r"(?m)^(Summary|Words): ", head)
     if len({*names}) < 2:
@@ -645,8 +645,8 @@ def main(argv=None):
     add("--tokenizer", choices=("gpt2", "bpe"), help="GPT-2's, or one learned from the text")
     add("--vocab_size", type=int, help="entries at most (default 10000; the samples: 2048)")
     add("--keep_duplicates", action="store_true", help="keep stories that the raw files repeat")
-    add("--ood", action="store_true", help="instruct records with words or a summary, never both, to "
-        "learn from; validation has both")
+    add("--ood", action="store_true", help="instruct records that have words or a summary, "
+        "but never both, to learn from; validation has both")
     add("--force", action="store_true", help="do it again even if it is there")
     args = parser.parse_args(argv)
     base = args.name.removesuffix("-ood")
@@ -655,8 +655,9 @@ def main(argv=None):
         parser.error(f"{args.name} has its own text; choose another name for yours")
     if base not in known and not args.input:
         near = difflib.get_close_matches(args.name, known, n=1)
-        parser.error(f"{args.name!r} is none of {', '.join(known)}; " + (
-            f"did you mean {near[0]}? " if near else "") + "For a text of your own add --input FILE")
+        hint = f"did you mean {near[0]}? F" if near else "f"
+        parser.error(f"{args.name!r} is none of {', '.join(known)}; {hint}or a text of your own add "
+                     "--input FILE")
     for path in (args.input, args.valid):
         if path and not os.path.isfile(path):
             parser.error(f"{path} is no file (it is missing, or a folder)")

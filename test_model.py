@@ -475,7 +475,7 @@ def test_muon_moves_stacks_of_matrices_as_torchs_own_moves_each():
 
 
 def test_muon_multiplies_in_what_the_device_is_fast_at(monkeypatch):
-    for dtype in (torch.float32, torch.bfloat16):       # bfloat16 without hardware: 400 times slower
+    for dtype in (torch.float32, torch.bfloat16):   # bfloat16 without hardware: 400 times slower
         monkeypatch.setattr(train, "best_dtype", lambda device: dtype)
         assert train.orthogonalize(torch.randn(2, 8, 16)).dtype == dtype
 
@@ -1676,7 +1676,7 @@ def broken(data, tmp_path_factory):
     for name, change in {
             "cut": dict(train=ids[:-9].tobytes()), "odd": dict(train=ids.tobytes()[:-1]),
             "none": dict(train=b""), "big": dict(train=np.append(ids[1:], 9999).astype("uint16")),
-            "nothing_to_validate": dict(val=ids[:20].tobytes(), counts={"val": {"tokens": 20}}),
+            "no_val": dict(val=ids[:20].tobytes(), counts={"val": {"tokens": 20}}),
             "short": dict(train=ids[:40].tobytes(), counts={"train": {"tokens": 40}}),
             "no_meta": dict(meta=None), "bad_meta": dict(meta="{"), "no_words": dict(words=b""),
             "other_words": dict(words=b"YQ== 0\n"), "list_meta": dict(meta="[]")}.items():
@@ -1735,7 +1735,7 @@ prepare.py {broken}/x2 --input blank.txt --tokenizer bpe   1  nothing left for
 prepare.py {broken}/x3 --input one.txt --tokenizer bpe     1  nothing left for
 prepare.py {broken}/x4 --input zipped.txt               2  is packed
 prepare.py {broken}/words.txt --input one.txt           1  exists
-prepare.py {broken}/run_ok --input one.txt --tokenizer bpe --vocab_size 300 --valid one.txt  1  nothing left for
+prepare.py {broken}/x5 --input one.txt --tokenizer bpe --valid one.txt  1  nothing left for
 train.py nowhere.py                                     2  no config file nowhere.py
 train.py config/demo                                    2  no config file config/demo
 train.py --learning_rat=1                               2  did you mean learning_rate
@@ -1774,7 +1774,7 @@ train.py --dataset={broken}/odd                         1  does not hold
 train.py --dataset={broken}/none                        1  does not hold
 train.py --dataset={broken}/big                         1  holds the id 9999
 train.py --dataset={broken}/short --block_size=32 --batch_tokens=256  1  needs 64 at least
-train.py --dataset={broken}/nothing_to_validate --block_size=32 --batch_tokens=256  1  a window takes 33
+train.py --dataset={broken}/no_val --block_size=32 --batch_tokens=256  1  a window takes 33
 train.py --dataset={data} --story_only=True             1  has no instructions
 train.py --dataset={data} --n_head=3                    2  not a multiple of n_head
 train.py --dataset={data} --n_layer=0                   2  must be 1 or more

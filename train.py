@@ -470,7 +470,8 @@ def take_up(settings, folder, meta):
     elif differ:
         go_on = "add --resume=True to go on with these" if HARMLESS.issuperset(differ) else \
             "go on with the settings from there"
-        shown = ", ".join([*differ.values()][:4]) + f" and {len(differ) - 4} more" * (len(differ) > 4)
+        more = len(differ) - 4
+        shown = ", ".join([*differ.values()][:4]) + f" and {more} more" * (more > 0)
         raise SystemExit(f"{folder} holds a run with other settings: {shown}. "
                          f"Either {go_on}, or choose another --out_dir, or throw that run away "
                          "with --overwrite=True.")
@@ -518,8 +519,8 @@ def train(settings):
     windows, stories = validation(data / "val.bin", meta, T, settings.eval_tokens, min(micro, 16),
                                   mark)
     if not any((y >= 0).any() for _, y in windows):
-        raise SystemExit(f"{data} has no instructions (nothing stands after a line that begins with "
-                         "Story:), so story_only has nothing to count.")
+        raise SystemExit(f"{data} has no instructions (no line begins with Story:), so story_only "
+                         "has nothing to count.")
     tokenizer = prepare.load_tokenizer(data)
     bits = bits_per_byte(windows, tokenizer)
     bound = None if settings.story_only else meta.get("entropy_bound", {}).get("nats_per_token")

@@ -130,7 +130,7 @@ def study(args):
                     for name in grade.NUMBERS}
         if dataset == "sample":             # told by our grammar, which can check it
             checks[step] = check_run(model, tokenizer, CHECKED)
-            row |= {name: f"{share:.0%}" for name, share in checks[step].items()}
+            row |= {f"checked: {name}": f"{share:.0%}" for name, share in checks[step].items()}
 
     bound = meta.get("entropy_bound", {}).get("nats_per_token")
     draw(folder / "when.png", log, graded, checks, bound)
