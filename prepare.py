@@ -63,9 +63,9 @@ SAMPLES = {"sample": False, "sample-instruct": True}    # by the grammar; True: 
 SAMPLE_STORIES = {"val": 1_000, "train": 30_000}
 
 
-def command(work, *arguments):
-    """Do the work of a script, and leave with the exit code that it returns. Whatever can come in
-    its way from outside ends in a sentence."""
+def command(work, *arguments, folder=HERE):
+    """Do the work of a script, which writes into a folder, and leave with the exit code that it
+    returns. Whatever can come in its way from outside ends in a sentence."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")    # a console that lacks a character shows a ?
     try:
@@ -79,9 +79,9 @@ def command(work, *arguments):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 141
     except OSError as error:
-        free = f"{shutil.disk_usage(HERE).free / 1e6:,.0f} MB are free"
-        raise SystemExit(f"The disk is full: {free}. Make room and run the same command again."
-                         if error.errno == errno.ENOSPC else
+        free = f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB are free"
+        raise SystemExit(f"The disk is full: {free} in {folder}. Make room and run the same "
+                         "command again." if error.errno == errno.ENOSPC else
                          f"Cannot read or write {error.filename}: {error.strerror}.")
     if code:
         raise SystemExit(code)
@@ -611,15 +611,21 @@ def prepare(name, input=None, valid=None, tokenizer=None, vocab_size=None, keep_
 
     ranks = make_tokenizer(kind, vocab_size, paths["train"])
     encoding = as_encoding(ranks)
-    stats, counts = encode(paths, encoding, folder, keep_duplicates, ood=base != name)
+    parts = {split: folder / f"{split}.bin.part" for split in ("train", "val")}
+    try:
+        stats, counts = encode(paths, encoding, folder, keep_duplicates, ood=base != name)
+    except BaseException:                   # a full disk, Ctrl-C: half of it is of no use
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+        raise
     meta |= {**asked, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token, "dtype": "uint16",
              "story_mark": encoding.encode_ordinary("Story:"), **stats, "counts": counts}
     if nats:
         meta["entropy_bound"] = {"nats_per_token": nats / stats["val"]["tokens"],
                                  "bits_per_byte": nats / math.log(2) / stats["val"]["bytes"]}
     save_tokenizer(folder, ranks)
-    for split in ("train", "val"):
-        os.replace(folder / f"{split}.bin.part", folder / f"{split}.bin")
+    for split, part in parts.items():
+        os.replace(part, folder / f"{split}.bin")
     write_whole(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
 
     for split, found in stats.items():
@@ -667,7 +673,7 @@ def main(argv=None):
         parser.error("--vocab_size must lie between 257 (the bytes and the end mark) and 65,536 "
                      "(what uint16 holds)")
     del args.ood                            # the name says it
-    command(lambda: prepare(**vars(args)) and None)
+    command(lambda: prepare(**vars(args)) and None, folder=HERE / "data" / args.name)
 
 
 if __name__ == "__main__":

@@ -404,9 +404,11 @@ def keep(path, write):
         prepare.write_whole(path, write)
         return True
     except (OSError, RuntimeError) as error:        # torch words a full disk as a RuntimeError
-        free = shutil.disk_usage(path.parent).free / 1e6
-        print(f"Could not write {path} ({str(error).splitlines()[0][:80]}; {free:,.0f} MB are free)"
-              ". What was there before stays; the next time it is tried again.", file=sys.stderr)
+        write(whole := io.BytesIO())
+        size, free = whole.tell() / 1e6, shutil.disk_usage(path.parent).free / 1e6
+        why = error if free > size else f"it takes {size:,.1f} MB, and {free:,.1f} MB are free"
+        print(f"Could not write {path}: {why}. What was there before stays; the next time it is "
+              "tried again.", file=sys.stderr)
         return False
 
 
