@@ -711,10 +711,11 @@ def report_grades(by, models, task):
     ruler = {name: scores(by[name], "all") for name in ANCHORS if name in by}
     means = {name: interval(found.values())[0] for name, found in ruler.items() if found}
     if len(means) > 1:
-        (top, *_, low), falls = means, [*means.values()] == sorted(means.values(), reverse=True)
+        (top, *_, low), marks = means, [*means.values()]
+        falls = all(better > worse for better, worse in zip(marks, marks[1:]))
         parts += ["## The ruler", f"The judge {'puts' if falls else 'does NOT put'} the anchors in "
                   "order: " + ", ".join(f"{name} {mean:.2f}" for name, mean in means.items()) + "."]
-        for model in models if falls and means[top] > means[low] else []:
+        for model in models if falls else []:
             here = [group for prompt, group in scores(by[model], "all").items()
                     if prompt in ruler[low]]
             if here:

@@ -205,7 +205,7 @@ class Story:
 def write_record(text, choose, values):
     """A story as TinyStories-Instruct has it: some fields in some order, then the story. choose: of
     a list; values: {field: text, or "" if there is none}, but for the random sentence."""
-    sentences = re.split(r'(?<=[.!?])\s+|(?<=[.!?]["”])\s+', text)[1:]
+    sentences = re.split(r'(?:(?<=[.!?])|(?<=[.!?]["”]))\s+(?![a-z])', text)[1:]
     whole = [one for one in sentences if "\n" not in one and       # none cut in speech
              len(re.findall('["“”]', one)) % 2 == 0]
     values = {**values, "Random sentence": choose(whole or [""])}

@@ -530,6 +530,8 @@ def train(settings):
     folder = Path(settings.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = take_up(settings, folder, meta)
+    for old in folder.glob("ckpt_*.pt") if rank == 0 and not checkpoint else ():
+        old.unlink()                                    # of a run that is thrown away
     if checkpoint and checkpoint["step"] >= settings.max_steps:
         say(f"{folder} is finished: {checkpoint['step']} steps. A story: python sample.py {folder}"
             f"   To train on: --max_steps={2 * checkpoint['step']} --resume=True   "
