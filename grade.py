@@ -5,6 +5,7 @@
     python grade.py out/tiny_8l --dry-run               # a first request in full, and the price
     python grade.py out/tiny_8l --judge llama3.1 --base-url http://localhost:11434/v1
     python grade.py out/tiny_8l --judge me              # you are the teacher: blind, right here
+    python grade.py out/tiny_8l --judge none            # only what needs no judge
     python grade.py stories.jsonl                       # {"prompt", "completion", "model"} a line
 
 Three stages, each of which goes on where it stopped: the run finishes the beginnings (it writes
@@ -643,6 +644,14 @@ def new_5grams(texts, folder):
     return f"{1 - seen[place].mean():.1%}" if len(grams) else "-"
 
 
+def group(items):
+    """-> {name: items}, of models and anchors, and the names of the models."""
+    by = {}
+    for item in items:
+        by.setdefault(item["model"], []).append(item)
+    return by, [name for name in by if name not in ANCHORS]
+
+
 def without_judge(items):
     """What can be said of a pupil's stories without a judge -> {name: cell}."""
     texts = [item["completion"] for item in items]
@@ -798,10 +807,8 @@ def draw(path, by):
 
 def report(args, judge, items):
     """Write the report into the folder of the first pupil, and its tables to the terminal."""
-    by, task = {}, args.task
-    for item in items:
-        by.setdefault(item["model"], []).append(item)
-    models = [name for name in by if name not in ANCHORS]
+    by, models = group(items)
+    task = args.task
     path = items[0]["folder"] / ("report.md" if task == "story" else f"report_{task}.md")
     lines = {item["key"]: item["line"] for item in items if item["line"]}.values()
     days = {line["date"][:10] for line in lines}
@@ -869,6 +876,10 @@ def grade(args):
     """All stages -> the exit code."""
     judge = Judge(args, args.judge)
     items = find_items(args, judge)
+    if args.judge == "none":
+        by, models = group(items)
+        print(table({name: without_judge(by[name]) for name in models}))
+        return 0
     todo = {item["key"]: item for item in items if not item["empty"]
             and not {"grades", "reason"} & {*(item["line"] or {})}}
     queue = sorted(todo.values(), key=lambda item: item["rep"])     # stopped early, it has still
@@ -920,7 +931,7 @@ def main(argv=None):
     add("--n", type=int, help="stories for each prompt (default 10; probes: 1)")
     add("--prompts", help="paper: the 44 published ones; or a file like those in data/, or one of "
         f"stories between lines {prepare.MARK}, which are cut")
-    add("--judge", default="gpt-6-luna", help="a model of the server; or me")
+    add("--judge", default="gpt-6-luna", help="a model of the server; or me; or none")
     add("--reparse", action="store_true", help="read the stored replies again; ask nothing")
     add("--anchors", action=argparse.BooleanOptionalAction, default=True)
     add("--temperature", type=float, help="of the pupil (default 1; probes: 0)")
@@ -940,7 +951,7 @@ def main(argv=None):
         (not 0 <= args.temperature < 1e9 or args.seed < 0, "no number may be negative"),
         (args.prompts == "paper" and args.task != "story", "--prompts paper is for stories"),
         (not all(map(os.path.isfile, files)), f"no such file: {' or '.join(files)}"))
-    if args.judge == "me":
+    if args.judge in ("me", "none"):
         args.base_url = ""
     prepare.command(grade, args)
 

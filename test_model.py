@@ -1025,6 +1025,9 @@ def test_runs_are_graded_from_beginning_to_report(data, tmp_path, teach, capsys,
     assert run("--judge", "other") == 0 and before == (
         tmp_path / "run" / "grades.jsonl").stat().st_size
     assert run("--judge", "third", task="instruct") == 0
+    capsys.readouterr()
+    assert run("--judge", "none", task="instruct", base="http://127.0.0.1:9/v1") == 0
+    assert "required words" in capsys.readouterr().out
     monkeypatch.setattr(Teacher, "script", lambda body: '{"verdict": "partly"}')
     assert run(task="probes") == 0
     assert "0/18/0" in (tmp_path / "run" / "report_probes.md").read_text()

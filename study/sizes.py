@@ -32,7 +32,7 @@ from study.checks import CHECKS, check_run
 # A grid: the config that it starts from, what it changes there, and the shapes; `head` is the width
 # of a head. Half the width and four times the layers are as many parameters.
 GRIDS = {
-    "demo": dict(config="config/demo.py", head=32, widths=(32, 64, 128), layers=(1, 2, 4),
+    "demo": dict(config="config/demo.py", head=16, widths=(32, 64, 128), layers=(1, 2, 4),
                  changes=("--max_steps=1_000", "--eval_interval=200", "--eval_tokens=20_480")),
     "paper": dict(config="config/tiny_8l.py", head=64, widths=(64, 128, 256, 512, 768, 1024),
                   layers=(1, 2, 4, 8, 12), changes=("--micro_batch=32",)),
