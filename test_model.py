@@ -30,7 +30,7 @@ import grade
 import prepare
 import sample
 import train
-from model import GPT, Cache, GPTConfig, attend, draw, look_back
+from model import GPT, Cache, GPTConfig, attend, best_dtype, draw, look_back
 from study import checks, copying, export, generate, inside, sizes, speed, when
 
 HERE = Path(__file__).resolve().parent
@@ -215,6 +215,13 @@ def test_stories_are_cleaned_counted_and_kept_apart(tmp_path):
     assert encoded(tmp_path, keep_duplicates=True)[0]["train"]["stories"] == 5
 
 
+def test_a_story_without_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "LONGEST", 50)
+    (tmp_path / "t.txt").write_text("no mark, " * 100)
+    with pytest.raises(SystemExit, match="a story of over"):
+        list(prepare.read_stories(tmp_path / "t.txt", Counter(), piece=16))
+
+
 @pytest.mark.parametrize("piece, threads", [(1, 1), (7, 2), (64, 3)])
 def test_where_a_read_ends_does_not_matter(tmp_path, piece, threads):
     assert encoded(tmp_path, piece=piece, threads=threads) == encoded(tmp_path)
@@ -265,7 +272,7 @@ def test_progress_says_once_that_it_is_done(tmp_path, capsys, monkeypatch):
 
 class Hub(http.server.BaseHTTPRequestHandler):
     """A hub that misbehaves: `faults` says how it answers one request after the other."""
-    body, faults, seen = bytes(range(256)) * 4000, [], []
+    body, faults, seen, tokens = bytes(range(256)) * 4000, [], [], []
 
     def log_message(self, *_):
         pass
@@ -274,6 +281,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
         fault = self.faults.pop(0) if self.faults else ""
         start = int(self.headers.get("Range", "bytes=0-")[6:-1])
         self.seen.append((fault, start))
+        self.tokens.append(self.headers.get("Authorization"))
+        if fault == "elsewhere":                            # where the hub keeps large files
+            self.send_response(302)
+            self.send_header("Location", f"http://localhost:{self.server.server_port}/f")
+            return self.end_headers()
         if isinstance(fault, int):
             self.send_response(fault)
             self.send_header("Retry-After", "0")
@@ -300,7 +312,7 @@ def fetch(tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
     def fetch(*faults, pauses=(0, 0, 0, 0)):
-        Hub.faults, Hub.seen = list(faults), []
+        Hub.faults, Hub.seen, Hub.tokens = list(faults), [], []
         digest = prepare.hashlib.sha256(Hub.body).hexdigest()
         try:
             prepare.download(f"http://127.0.0.1:{server.server_port}/f", tmp_path / "f",
@@ -320,6 +332,12 @@ def test_a_download_survives_what_passes(fetch, faults):
     assert fetch(*faults) == Hub.body
     if faults == ["cut"]:
         assert Hub.seen[1][1] >= 200_000            # it went on where the connection was cut
+
+
+def test_the_token_stays_with_the_hub(fetch, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret\n")
+    assert "hf_secret" not in fetch(404)
+    assert fetch("elsewhere") == Hub.body and Hub.tokens == ["Bearer hf_secret", None]
 
 
 def test_a_download_ends_in_words(fetch, tmp_path):
@@ -478,6 +496,23 @@ def test_muon_multiplies_in_what_the_device_is_fast_at(monkeypatch):
     for dtype in (torch.float32, torch.bfloat16):   # bfloat16 without hardware: 400 times slower
         monkeypatch.setattr(train, "best_dtype", lambda device: dtype)
         assert train.orthogonalize(torch.randn(2, 8, 16)).dtype == dtype
+
+
+def test_what_other_machines_lack(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",        # of a T4: by emulation
+                        lambda including_emulation=True: including_emulation)
+    assert (best_dtype("cuda"), best_dtype("mps")) == (torch.float16, torch.float32)
+
+    def fails(*_, **__):
+        raise RuntimeError("CUDA error: no kernel image is available for execution\nmore")
+
+    monkeypatch.setattr(torch, "compile", fails)                # no compiler, no Triton
+    assert not train.can_compile(torch.device("cpu"))
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", fails)                   # a GPU older than torch's kernels
+    with pytest.raises(SystemExit, match="cannot be used.*no kernel image.*--device=cpu"):
+        train.choose_device(train.Settings(), 0)
 
 
 def test_a_wrong_shape_is_refused_in_words():
@@ -802,7 +837,7 @@ def test_configs_and_overrides(tmp_path):
 
 class Teacher(http.server.BaseHTTPRequestHandler):
     """A judge who answers as `script` says: a function of the request -> what to answer."""
-    protocol_version, script, seen = "HTTP/1.1", None, []
+    protocol_version, script, seen, keys = "HTTP/1.1", None, [], []
 
     def log_message(self, *_):
         pass
@@ -813,6 +848,7 @@ class Teacher(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.seen.append(body)
+        self.keys.append(self.headers.get("Authorization"))
         self.answer(Teacher.script(body))
 
     def answer(self, what):
@@ -936,6 +972,18 @@ def test_a_judge_fails_in_words(teach, capsys, turn, answers, code, says):
         assert teach()[1][-1]["grades"]
     elif says is None or says in ("empty", "grammar", "cut at its length", "refusal"):
         assert teach()[0] == code and not Teacher.seen     # paid for: never again
+
+
+def test_a_key_is_written_nowhere(teach, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    echo = (401, {"error": {"message": "Incorrect key: sk-secret"}})
+    assert teach(script=lambda body: echo)[0] == 1
+    assert teach(script=lambda body: (400, {"message": "no sk-secret"}))[0] == 3
+    assert teach()[0] == 0 and Teacher.keys[-1] == "Bearer sk-secret"
+    assert "sk-secret" not in "".join(capsys.readouterr())
+    assert not any(b"sk-secret" in path.read_bytes() for path in tmp_path.rglob("*.*"))
+    args = argparse.Namespace(base_url="http://me:word@host/v1?key=x", price_in=None)
+    assert grade.Judge(args, "x").url == "http://host/v1"
 
 
 def test_a_page_cannot_speak(teach):
@@ -1610,7 +1658,8 @@ def test_from_stories_to_a_story(data, tmp_path):
     (tmp_path / "tiny.py").write_text(
         "n_layer, n_head, n_embd, block_size = 2, 2, 32, 64\nbatch_tokens = 512\nmax_steps = 6\n"
         "eval_interval = 3\neval_tokens = 640\nlog_interval = 2\nkeep_checkpoints = True\n")
-    done = script("train.py", "tiny.py", f"--dataset={data}", cwd=tmp_path, check=0)
+    done = script("train.py", "tiny.py", f"--dataset={data}", cwd=tmp_path, check=0,
+                  env={**os.environ, "PYTHONIOENCODING": "ascii"})      # a console that knows less
     assert "python sample.py out/tiny" in done.stdout and "left" in done.stdout
     out = tmp_path / "out" / "tiny"
     assert {path.name for path in out.iterdir()} == {"ckpt.pt", "ckpt_000006.pt", "log.csv",
