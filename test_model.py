@@ -1010,7 +1010,7 @@ def test_a_kill_loses_nothing_that_was_paid_for(teach, tmp_path):
     stories = [f"tale-{i}. " + "It was so. " * 9 for i in range(60)]
 
     def slowly(body):
-        time.sleep(0.05)
+        time.sleep(0.05 * ROUNDS / 3)
         page = body["messages"][2]["content"]
         return kindly(body).replace("8", str(int(re.search(r"tale-(\d+)", page)[1]) % 10))
 
@@ -1020,7 +1020,7 @@ def test_a_kill_loses_nothing_that_was_paid_for(teach, tmp_path):
     command = [sys.executable, HERE / "grade.py", tmp_path / "stories.jsonl", "--no-anchors",
                "--judge", "kind-judge", "--base-url", teach.url]
     rng, written = random.Random(), set()
-    for last in (False, False, False, True):
+    for last in [False] * ROUNDS + [True]:
         Teacher.seen = []
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         if not last:
