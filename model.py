@@ -231,6 +231,12 @@ def read_checkpoint(path, device="cpu"):
         raise ValueError("it is damaged, or more than weights (it may hold code): it stays closed")
 
 
+def best_device():
+    """The kind of the fastest device that torch sees here."""
+    mps = torch.backends.mps.is_available()
+    return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+
+
 def best_dtype(device):
     """What a device ("cpu", "cuda", "mps") multiplies fastest: bfloat16 where the hardware has it,
     float16 on older GPUs, else float32."""

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import prepare
-from model import GPT, GPTConfig, best_dtype, read_checkpoint
+from model import GPT, GPTConfig, best_device, best_dtype, read_checkpoint
 
 FEATURES = ("Dialogue", "BadEnding", "MoralValue", "Twist", "Foreshadowing", "Conflict")
 
@@ -43,9 +43,7 @@ def load_run(path, device="auto", dtype=None):
     """A run, as `find_run` knows it -> its GPT and its tokenizer. dtype: of the weights; None: what
     the device multiplies fastest."""
     file = find_run(path)
-    if device == "auto":
-        mps = torch.backends.mps.is_available()
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    device = best_device() if device == "auto" else device
     try:
         checkpoint = read_checkpoint(file, device)
         model = GPT(GPTConfig(**checkpoint["model_config"]))

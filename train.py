@@ -32,7 +32,7 @@ import torch.distributed as dist
 import torch.nn as nn
 
 import prepare
-from model import GPT, GPTConfig, best_dtype, read_checkpoint
+from model import GPT, GPTConfig, best_device, best_dtype, read_checkpoint
 
 
 @dataclass
@@ -290,10 +290,7 @@ def evaluate(model, batches, device, autocast):
 # --------------------------------------------------------------------------------------- machine
 
 def choose_device(settings, local_rank):
-    name = settings.device
-    if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    name = best_device() if settings.device == "auto" else settings.device
     if name == "cuda" and not torch.cuda.is_available():
         raise SystemExit("device is cuda, but torch sees no CUDA device. Use --device=auto, or "
                          "install the torch build that fits your driver (pytorch.org).")
@@ -627,11 +624,10 @@ def train(settings):
             if rank == 0 and (due_save or stop):
                 weights = {"model": model.state_dict(), "model_config": asdict(model.config),
                            "settings": asdict(settings), "step": step, "meta": meta}
-                whole = weights | {
+                saved = keep(folder / "ckpt.pt", functools.partial(torch.save, weights | {
                     "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                     "scaler": scaler.state_dict(), "seconds": seconds,
-                    "loss_sum": loss_sum, "loss_steps": loss_steps}
-                saved = keep(folder / "ckpt.pt", functools.partial(torch.save, whole))
+                    "loss_sum": loss_sum, "loss_steps": loss_steps}))
                 if settings.keep_checkpoints:
                     keep(folder / f"ckpt_{step:06}.pt", functools.partial(torch.save, weights))
             clock, clock_step = time.time(), step
