@@ -263,6 +263,8 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = make_norm(config)
         self.apply(self._init)
+        with torch.no_grad():       # a token's own logit, std * C, must not grow with the width:
+            self.token_embedding.weight *= min(1.0, 256 / C)    # each would but repeat itself
         std = 0.0 if config.zero_init else 0.02 / math.sqrt(2 * config.n_layer)
         for block in self.blocks:       # all that adds to the stream: together it keeps its size
             nn.init.normal_(block.attention.out.weight, std=std)

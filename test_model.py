@@ -421,6 +421,9 @@ def test_positions_matter_and_windows_forget():
 
 def test_a_fresh_model():
     torch.manual_seed(0)
+    wide = GPT(GPTConfig(**dict(OURS, n_layer=1, n_embd=1024, vocab_size=10_000)))
+    idx = torch.randint(10_000, (2, 48))
+    assert wide(idx, idx.roll(-1, 1))[1].item() == pytest.approx(math.log(10_048), rel=0.02)
     for kind in ("ours", "paper"):
         model = GPT(GPTConfig(**dict(KINDS[kind], n_embd=64)))
         idx = torch.randint(100, (4, 48))
