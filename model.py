@@ -31,8 +31,8 @@ class GPTConfig:
     norm: str = "rms"           # rms (no weights) or layer (LayerNorm)
     act: str = "relu2"          # relu2 (squared ReLU) or gelu
     qk_norm: bool = True        # give queries and keys unit size, so that attention cannot saturate
-    bias: bool = False          # not of queries, keys and values, as in GPT-Neo
-    window: int = 0             # layers 1, 3, 5 ... look this many tokens back at most; 0: at all
+    bias: bool = False          # in all linear maps but those of q, k and v, as in GPT-Neo
+    window: int = 0             # layers 1, 3, 5 ... see this many tokens, their own counted; 0: all
     zero_init: bool = True      # output projections start at zero: a fresh block changes nothing
     value_residual: bool = True # layers mix the first one's values into theirs (arXiv 2410.17897)
     dropout: float = 0.0
@@ -63,10 +63,10 @@ def make_norm(config):
     return RMSNorm() if config.norm == "rms" else nn.LayerNorm(config.n_embd)
 
 
-def rotary_table(length, D, base=10_000.0):
+def rotary_table(length, D):
     """Cosines and sines of the angles by which a position turns each pair of a head's numbers
     (arXiv 2104.09864) -> (2, length, D). The halves of a head are the two sides of its pairs."""
-    speed = base ** (-torch.arange(0, D, 2).float() / D)        # one radian a token to almost none
+    speed = 10_000.0 ** (-torch.arange(0, D, 2).float() / D)        # one radian a token to almost none
     angle = torch.arange(length).float()[:, None] * speed       # (length, D / 2)
     cos, sin = angle.cos(), angle.sin()
     return torch.stack((torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)))
@@ -295,7 +295,7 @@ class GPT(nn.Module):
             x = x + self.position_embedding.weight[start:end]
         x = self.drop(x)
         rotary = None if self.rotary is None else self.rotary[:, start:end]
-        kernel = T == end and x.device.type != "cpu"        # its own mask is the plain one
+        kernel = T == end and x.device.type != "cpu"        # a GPU's masks by itself, if no cache
         far = None if T == 1 or kernel else look_back(T, end, end, x.device)
         near = look_back(T, end, window, x.device) if 0 < window < end else far
         first = None                                        # the values of the first layer

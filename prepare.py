@@ -34,6 +34,7 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
+GRAMMAR = HERE / "data" / "grammar.txt"
 MARK = "<|endoftext|>"      # stands between stories in the text files, and is one token
 PIECE = 4 << 20             # bytes read at a time
 LONGEST = 64 << 20          # bytes of the longest story that we take
@@ -72,17 +73,17 @@ def command(work, *arguments, folder=HERE):
         code = work(*arguments)
         sys.stdout.flush()
     except (KeyboardInterrupt, EOFError):
-        print("\nStopped. The same command goes on where it was, if the work is a long one.",
+        print("\nStopped. Where the work is a long one, the same command goes on with it.",
               file=sys.stderr)
         code = 130
     except BrokenPipeError:                     # | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 141
     except OSError as error:
-        free = f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB are free"
-        raise SystemExit(f"The disk is full: {free} in {folder}. Make room and run the same "
-                         "command again." if error.errno == errno.ENOSPC else
-                         f"Cannot read or write {error.filename}: {error.strerror}.")
+        if error.errno != errno.ENOSPC:
+            raise SystemExit(f"Cannot read or write {error.filename}: {error.strerror}.")
+        raise SystemExit(f"The disk is full: {shutil.disk_usage(folder).free / 1e6:,.1f} MB are "
+                         f"free in {folder}. Make room and run the same command again.")
     if code:
         raise SystemExit(code)
 
@@ -110,7 +111,7 @@ FIELD_ORDERS = [order for n in range(1, 5) for order in itertools.permutations(F
 
 
 def read_forms(text):
-    return dict(pair.split("=") for pair in text.split(", ")) if text else {}
+    return dict(pair.partition("=")[::2] for pair in text.split(", ")) if text else {}
 
 
 def read_grammar(path):
@@ -137,6 +138,15 @@ def read_grammar(path):
             scene.append(line)
         else:
             raise SystemExit(f"{path}: neither a rule nor part of a plot: {line[:60]!r}")
+    torn = [name for name, (_, _, ways) in rules.items() for way in ways
+            if not way or way.count("{") != way.count("}")]
+    if torn:
+        raise SystemExit(f"{path}: a way of the rule {torn[0]!r} is empty, or cut in a brace (inside "
+                         "{...}, no blanks around |).")
+    for plot in plots or [{"name": "(none)"}]:
+        for key in ("words", "summary", "scenes"):
+            if not plot.get(key):
+                raise SystemExit(f"{path}: the plot {plot['name']} has no {key}.")
     return rules, plots
 
 
@@ -148,7 +158,12 @@ class Story:
     def __init__(self, rules, plots, rng):
         self.rules, self.rng, self.nats, self.held = rules, rng, 0.0, {}
         self.plot = self.choose(plots)
-        told = "\n\n".join(self.tell(self.choose(scene)) for scene in self.plot["scenes"])
+        try:
+            told = "\n\n".join(self.tell(self.choose(scene)) for scene in self.plot["scenes"])
+        except RecursionError:
+            self.refuse("two of its rules name each other")
+        if "{" in told or "}" in told:
+            self.refuse(f"a brace is left: {re.search('[{}][^ ]*', told)[0]!r}")
         self.features = {*re.findall(r"\[(\w+)\]", told), *(["Dialogue"] if '"' in told else [])}
         self.text = re.sub(r" ?\[\w+\]", "", told)
 
@@ -214,15 +229,15 @@ def write_record(text, choose, values):
     return f"{fields}\nStory: \n\n{text}"
 
 
-def tell_sample(folder, instruct, seed=0, grammar=HERE / "data" / "grammar.txt"):
+def tell_sample(folder, instruct):
     """Write train.txt and val.txt -> their paths, and the nats that the grammar spent on val."""
-    rules, plots = read_grammar(grammar)
+    rules, plots = read_grammar(GRAMMAR)
     paths, nats, numbers = {}, 0.0, itertools.count()
     for split, stories in SAMPLE_STORIES.items():
         paths[split] = folder / f"{split}.txt"
         with open(paths[split], "w", encoding="utf-8", newline="\n") as file:
             for number in itertools.islice(numbers, stories):
-                story = Story(rules, plots, random.Random(f"{seed}-{number}"))  # goes by its number
+                story = Story(rules, plots, random.Random(f"0-{number}"))   # goes by its number
                 file.write((story.record() if instruct else story.text) + f"\n{MARK}\n")
                 nats += story.nats if split == "val" else 0.0
     return paths, nats
@@ -406,7 +421,8 @@ def train_bpe(words, vocab_size):
             counts[pair] += n
             where[pair].add(index)
 
-    def entry(pair):            # the smallest entry of the heap: most frequent, then greatest
+    def entry(pair):            # the smallest entry of the heap: most frequent, then greatest;
+        # bytes are negated for that, and closed by 1, so that "ab" comes before "a"
         return -counts[pair], [(*(-byte for byte in half), 1) for half in pair], pair
 
     heap, merges = [entry(pair) for pair in counts], []
@@ -573,7 +589,11 @@ def prepare(name, input=None, valid=None, tokenizer=None, vocab_size=None, keep_
     folder, base = HERE / "data" / name, name.removesuffix("-ood")
     kind = tokenizer or ("bpe" if base in SAMPLES else "gpt2")
     vocab_size = vocab_size or (2_048 if base in SAMPLES else 10_000)
-    asked = {"tokenizer": kind, "vocab_size_asked": vocab_size, "keep_duplicates": keep_duplicates}
+    own = {split: Path(path) for split, path in (("val", valid), ("train", input)) if path}
+    text = [file_sha256(path) for path in own.values()] or (
+        [file_sha256(GRAMMAR), SAMPLE_STORIES] if base in SAMPLES else SOURCES[base][1])
+    asked = {"text": text, "tokenizer": kind, "vocab_size_asked": vocab_size,
+             "keep_duplicates": keep_duplicates}
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         differ = [key for key in asked if meta[key] != asked[key]]
@@ -584,8 +604,10 @@ def prepare(name, input=None, valid=None, tokenizer=None, vocab_size=None, keep_
     if whole and not force:
         if differ:
             key = differ[0]
-            raise SystemExit(f"{folder} is prepared already, with {key} {meta[key]}, not "
-                             f"{asked[key]}. Add --force to do it again, or give it another name.")
+            of = "from another text" if key == "text" else \
+                f"with {key} {meta[key]}, not {asked[key]}"
+            raise SystemExit(f"{folder} is prepared already, {of}. Add --force to do it again, or "
+                             "give it another name.")
         print(f"{folder} is ready: {meta['train']['tokens']:,} tokens (--force does it again)")
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -604,8 +626,11 @@ def prepare(name, input=None, valid=None, tokenizer=None, vocab_size=None, keep_
         for file, size, sha256 in files.values():
             download(hub_url(repo, meta["revision"], file), raw / file, size, sha256)
     else:
-        paths = {split: Path(path) for split, path in (("val", valid), ("train", input)) if path}
-        meta["source"] = "own text"
+        paths, meta["source"] = own, "own text"
+        for path in own.values():
+            with open(path, "rb") as file:
+                if file.read(4).startswith((b"\x1f\x8b", b"PK\3\4", b"PAR1", b"BZh")):
+                    raise SystemExit(f"{path} is packed; unpack it, or turn it into plain text.")
     meta["files"] = {split: {"name": path.name, "sha256": file_sha256(path)}
                      for split, path in paths.items()}
 
@@ -667,8 +692,6 @@ def main(argv=None):
     for path in (args.input, args.valid):
         if path and not os.path.isfile(path):
             parser.error(f"{path} is no file (it is missing, or a folder)")
-        if path and open(path, "rb").read(4).startswith((b"\x1f\x8b", b"PK\3\4", b"PAR1", b"BZh")):
-            parser.error(f"{path} is packed; unpack it, or turn it into plain text, first")
     if args.vocab_size is not None and not 257 <= args.vocab_size <= 65_536:
         parser.error("--vocab_size must lie between 257 (the bytes and the end mark) and 65,536 "
                      "(what uint16 holds)")

@@ -112,7 +112,8 @@ def main(argv=None):
                         help="draw from the k likeliest tokens; 0: all")
     parser.add_argument("--top_p", type=float, default=1.0,
                         help="draw from the likeliest tokens that add up to p; 1: all")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed tells the same story")
+    parser.add_argument("--seed", type=int, default=0, help="the same command with the same seed "
+                        "tells the same stories")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     args = parser.parse_args(argv)
     features, words = ([part.strip() for part in (text or "").split(",") if part.strip()]

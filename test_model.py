@@ -120,11 +120,23 @@ def test_the_walk_adds_up_its_choices(tmp_path):
     ("hero = {girl}", "{hero} sat.", "no rule 'girl'"),
     ("hero = Ann", "{} sat.", "no rule ''"),
     ("hero (he=she) = Ann", "{hero.him} sat.", "'hero' has no form 'him'"),
-    ("hero = Ann | Bob\nfriend = Ann | Bob\npet = Ann | Bob", "{hero} {friend} {pet}.", "every")])
+    ("hero = Ann | Bob\nfriend = Ann | Bob\npet = Ann | Bob", "{hero} {friend} {pet}.", "every"),
+    ("hero = Ann\na : {b}\nb : {a}", "{hero} {a}.", "name each other"),
+    ("hero = Ann", "{hero} {sat.", "a brace is left: '{sat")])
 def test_a_wrong_grammar_is_refused_in_words(tmp_path, rules, scene, says):
     (tmp_path / "g.txt").write_text(f"{rules}\nplot one\nwords a\nsummary s\n\n{scene}\n")
     with pytest.raises(SystemExit, match=f"'one'.*{says}"):
         prepare.Story(*prepare.read_grammar(tmp_path / "g.txt"), random.Random(0))
+
+
+@pytest.mark.parametrize("grammar, says", [
+    ("a = x\n", "has no words"), ("plot one\nwords a\nsummary s\n", "has no scenes"),
+    ("plot one\nsummary s\n\nHe sat.\n", "has no words"), ("He sat.\n", "neither a rule"),
+    ("a : {red | blue} hat\nplot one\nwords a\nsummary s\n\n{a}.\n", "cut in a brace")])
+def test_what_is_no_grammar_is_refused_in_words(tmp_path, grammar, says):
+    (tmp_path / "g.txt").write_text(grammar)
+    with pytest.raises(SystemExit, match=says):
+        prepare.read_grammar(tmp_path / "g.txt")
 
 
 # --------------------------------------------------------------------------------------- tokenizers
@@ -243,6 +255,8 @@ def test_own_text_is_split_by_hash_and_prepared_once(tmp_path):
     before = (tmp_path / "set" / "train.bin").stat().st_mtime_ns
     assert "is ready" in script(*command, check=0).stdout
     assert "--force" in script(*command[:-1], "400", check=1).stderr
+    (tmp_path / "t.txt").write_text(raw + " More.", encoding="utf-8")
+    assert "from another text" in script(*command, check=1).stderr
     assert (tmp_path / "set" / "train.bin").stat().st_mtime_ns == before
 
 
@@ -1790,7 +1804,7 @@ prepare.py                                              2  required: name
 prepare.py {broken}/x1 --input empty.txt --tokenizer bpe   1  nothing left for
 prepare.py {broken}/x2 --input blank.txt --tokenizer bpe   1  nothing left for
 prepare.py {broken}/x3 --input one.txt --tokenizer bpe     1  nothing left for
-prepare.py {broken}/x4 --input zipped.txt               2  is packed
+prepare.py {broken}/x4 --input zipped.txt               1  is packed
 prepare.py {broken}/words.txt --input one.txt           1  exists
 prepare.py {broken}/x5 --input one.txt --tokenizer bpe --valid one.txt  1  nothing left for
 train.py nowhere.py                                     2  no config file nowhere.py

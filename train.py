@@ -60,7 +60,7 @@ class Settings:
     learning_rate: float = 5e-3     # at its peak
     schedule: str = "linear"        # after the warm-up: constant, cosine, linear (a stay, a fall)
     warmup_steps: int = 50
-    decay: float = 0.6              # the share of all steps in which `linear` falls
+    decay: float = 0.6              # the share of the steps after the warm-up in which it falls
     final_lr: float = 0.0           # what cosine and linear fall to, as a share of the peak
     momentum: float = 0.85          # of Muon
     beta2: float = 0.99             # of AdamW: how slowly it forgets the size of gradients
@@ -81,15 +81,15 @@ class Settings:
     dtype: str = "auto"             # auto, bfloat16, float16, float32
     compile: bool | None = None     # torch.compile; None: on CUDA
     # a run that is already there
-    resume: bool = False            # go on with it, also where harmless settings have changed
+    resume: bool = False            # go on though harmless settings have changed (not needed else)
     overwrite: bool = False         # throw it away
 
 
 CHOICES = {"optimizer": ("muon", "adamw"), "schedule": ("constant", "cosine", "linear"),
            "device": ("auto", "cpu", "cuda", "mps"),
            "dtype": ("auto", "bfloat16", "float16", "float32")}
-HARMLESS = {"out_dir", "eval_interval", "eval_tokens", "log_interval", "save_interval", "max_steps",
-            "keep_checkpoints", "micro_batch", "device", "dtype", "compile", "resume", "overwrite"}
+HARMLESS = {"eval_interval", "eval_tokens", "log_interval", "save_interval", "max_steps",
+            "keep_checkpoints", "micro_batch", "device", "dtype", "compile"}
 
 
 # -------------------------------------------------------------------------------------- settings
@@ -111,7 +111,7 @@ def load_config(argv):
                   + (f"; did you mean {near[0]}?" if near else "; python train.py -h lists them"))
         kind = types[key]
         if kind is float and type(value) is int or kind is int and type(value) is float \
-                and value == int(value):
+                and value.is_integer():
             value = kind(value)
         if not (isinstance(value, kind) and (type(value) is not bool or kind is not int)):
             name_of_type = getattr(kind, "__name__", kind)
@@ -146,17 +146,17 @@ def load_config(argv):
                     put(key, value, arg)
             name = path.stem
     settings = Settings(**{"out_dir": f"out/{name}", **values})
-    for keys, good, must in (
-            (("learning_rate", "batch_tokens", "block_size", "log_interval"),
-             lambda x: 0 < x < math.inf, "must be more than 0, and finite"),
-            (("warmup_steps", "max_steps", "eval_interval", "eval_tokens", "save_interval",
-              "micro_batch", "grad_clip", "weight_decay", "seed"),
-             lambda x: 0 <= x < math.inf, "must not be negative"),
-            (("decay", "final_lr", "momentum", "beta2"), lambda x: 0 <= x <= 1,
-             "must lie between 0 and 1")):
-        for key in keys:
-            if not good(getattr(settings, key)):
-                wrong(f"{key} is {getattr(settings, key)}; it {must}")
+    for key in ("learning_rate", "batch_tokens", "block_size", "log_interval"):
+        if not 0 < getattr(settings, key) < math.inf:
+            wrong(f"{key} is {getattr(settings, key)}; it must be more than 0, and finite")
+    for key in ("warmup_steps", "max_steps", "eval_interval", "eval_tokens", "save_interval",
+                "micro_batch", "grad_clip", "weight_decay", "seed"):
+        if not 0 <= getattr(settings, key) < math.inf:
+            wrong(f"{key} is {getattr(settings, key)}; it must not be negative")
+    for key in ("decay", "final_lr", "momentum", "beta2"):
+        if not 0 <= getattr(settings, key) <= 1:
+            wrong(f"{key} is {getattr(settings, key)}; it must lie between 0 and 1")
+    model_config(settings, vocab_size=1)                # are its sizes possible?
     if settings.batch_tokens % settings.block_size:
         wrong(f"batch_tokens {settings.batch_tokens} is not a multiple of block_size "
               f"{settings.block_size}")
@@ -183,7 +183,8 @@ def find_data(dataset):
                              f"python prepare.py {dataset} --input STORIES.txt")
         print(f"Preparing {dataset} first (python prepare.py {dataset}):")
         prepare.main([dataset])
-    anew = f"Make it anew: python prepare.py {dataset} --force"
+    known = dataset.removesuffix("-ood") in {**prepare.SAMPLES, **prepare.SOURCES}
+    anew = f"Make it anew: python prepare.py {dataset} --force" + " --input FILE" * (not known)
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         sizes = {split: 2 * meta[split]["tokens"] for split in ("train", "val")}
@@ -355,7 +356,9 @@ class Muon(torch.optim.Optimizer):
             for shape, params in shapes.items():
                 updates = []
                 for p in params:
-                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    if p not in self.state:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                    momentum = self.state[p]["momentum"]
                     momentum.lerp_(p.grad, 1 - group["momentum"])
                     updates.append(p.grad.lerp(momentum, group["momentum"]))    # Nesterov's
                 updates = orthogonalize(torch.stack(updates).view(-1, *shape[-2:]))
@@ -443,7 +446,7 @@ def draw_loss(folder, bound=None):
     axes.set(xlabel="tokens", ylabel="nats per token", title=folder.name)
     if len(rows) > 20:                              # what is of interest lies below the first fall
         early = [float(row["train_loss"]) for row in rows[len(rows) // 20:] if row["train_loss"]]
-        axes.set_ylim(0, 1.1 * max(early))
+        axes.set_ylim(0, 1.1 * max(early, default=10))
     axes.grid(alpha=0.3)
     axes.legend()
     keep(folder / "loss.png", lambda file: figure.savefig(file, dpi=120))
@@ -510,7 +513,7 @@ def train(settings):
         raise SystemExit(f"{data} has {meta['train']['tokens']} tokens to learn from; a block_size "
                          f"of {T} needs {2 * T} at least.")
     rows = settings.batch_tokens // T                   # of one step, over all ranks
-    micro = settings.micro_batch or max(rows // world, 1)
+    micro = min(settings.micro_batch or rows, max(rows // world, 1))
     if rows % (world * micro):
         wrong(f"batch_tokens / block_size = {rows} rows cannot be dealt to {world} process(es) in "
               f"micro-batches of {micro}")
@@ -522,13 +525,16 @@ def train(settings):
                          "has nothing to count.")
     tokenizer = prepare.load_tokenizer(data)
     bits = bits_per_byte(windows, tokenizer)
-    bound = None if settings.story_only else meta.get("entropy_bound", {}).get("nats_per_token")
+    whole = all((y == meta["eot"]).any(dim=1).all() for _, y in stories)     # none is cut
+    bound = meta.get("entropy_bound", {}).get("nats_per_token") \
+        if whole and not settings.story_only else None
 
     folder = Path(settings.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = take_up(settings, folder, meta)
-    for old in folder.glob("ckpt_*.pt") if rank == 0 and not checkpoint else ():
-        old.unlink()                                    # of a run that is thrown away
+    if settings.overwrite and rank == 0:
+        for old in folder.glob("ckpt*.pt"):
+            old.unlink()
     if checkpoint and checkpoint["step"] >= settings.max_steps:
         say(f"{folder} is finished: {checkpoint['step']} steps. A story: python sample.py {folder}"
             f"   To train on: --max_steps={2 * checkpoint['step']} --resume=True   "
@@ -552,9 +558,13 @@ def train(settings):
         except (RuntimeError, ValueError):
             raise SystemExit(f"{folder} holds weights of another model.py. Go on with that one, "
                              "choose another --out_dir, or begin anew with --overwrite=True.")
-        scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:                        # it was used there
+            scaler.load_state_dict(checkpoint["scaler"])
         step, seconds, loss_steps = (checkpoint[key] for key in ("step", "seconds", "loss_steps"))
         loss_sum += checkpoint["loss_sum"].to(device)
+    if world > 1 and largest(step, device) != step:
+        raise SystemExit(f"{folder} is at step {step} here, and further on another machine: let them "
+                         "share the folder, or copy it.")
     log = [row for row in read_log(folder / "log.csv") if int(row["step"]) <= step] \
         if checkpoint and (folder / "log.csv").exists() else []
     if rank == 0:
@@ -583,14 +593,17 @@ def train(settings):
         last = step >= settings.max_steps
         due_log, due_eval, due_save = (last or every > 0 and step % every == 0 for every in (
             settings.log_interval, settings.eval_interval, settings.save_interval))
-        stop = list(signals) if world == 1 else agree(signals, device) if due_log else []
+        stop = signals[0] if signals else 0
+        if world > 1:                                   # all stop after the same step
+            stop = largest(stop, device) if due_log else 0
         if (due_log or due_eval or due_save or stop) and (step > start or last):
             if world > 1:
                 dist.all_reduce(loss_sum)
                 loss_sum /= world
             loss, lr = loss_sum.item() / max(loss_steps, 1), settings.learning_rate * lr_share(
                 settings, max(step - 1, 0))             # reading the loss waits for the device
-            length = 0.0 if norm is None or scaler.is_enabled() else float(norm)    # or skipped
+            # where a scaler is at work, steps with infinite gradients are skipped
+            length = 0.0 if norm is None or scaler.is_enabled() else float(norm)
             if not math.isfinite(loss + length):
                 raise SystemExit(f"The loss is {loss} at step {step} (learning rate {lr:.2e}, "
                                  f"gradient norm {float(norm):.2e}). The checkpoint before it "
@@ -664,13 +677,14 @@ def train(settings):
         step, loss_steps = step + 1, loss_steps + 1
 
     if stop:
-        say(f"Stopped after step {step}. The same command goes on.")
+        say(f"Stopped after step {step}. The same command goes on"
+            + " (without --overwrite=True)" * settings.overwrite + ".")
     else:
         say(f"Done in {(time.time() - began) / 60:.1f} minutes ({seconds / 60:.1f} of training). "
             f"A story: python sample.py {folder}   The curve: {folder / 'loss.png'}")
     if not saved:
         print(f"The last checkpoint of {folder} could not be saved.", file=sys.stderr)
-    code = 128 + stop[0] if stop else int(not saved)
+    code = 128 + stop if stop else int(not saved)
     if world > 1:
         dist.barrier()                                  # until all have done what they do last
         sys.stdout.flush()
@@ -688,11 +702,11 @@ def average_gradients(model, world):
         grad.copy_(mean.view_as(grad))
 
 
-def agree(signals, device):
-    """The signal that any rank has seen, so that all stop after the same step."""
-    seen = torch.tensor(signals[0] if signals else 0, device=device)
-    dist.all_reduce(seen, dist.ReduceOp.MAX)
-    return [int(seen)] if seen else []
+def largest(number, device):
+    """The largest of the numbers that the ranks have."""
+    number = torch.tensor(number, device=device)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)
 
 
 def against(whole, bound):
@@ -710,8 +724,8 @@ def main(argv=None):
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate" not in str(error):
             raise
-        raise SystemExit(f"The memory does not suffice ({str(error).splitlines()[0][:100]}). Lower "
-                         "--micro_batch (rows at a time): it does not change the result.")
+        raise SystemExit(f"The memory does not suffice ({str(error).splitlines()[0][:100]}). Read "
+                         "fewer rows at a time: --micro_batch=16, then 4. It changes no result.")
 
 
 if __name__ == "__main__":

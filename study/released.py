@@ -98,7 +98,7 @@ def adopt(name, folder):
     """Give the folder of a released model what that of a run has; the checkpoint comes last."""
     words, meta = folder / "tokenizer.tiktoken", folder / "meta.json"
     try:
-        model = GPT.from_pretrained(name)
+        model = read_model(name)
         if not words.exists():              # study/export.py has written it
             prepare.save_tokenizer(folder, prepare.gpt2_ranks())
         tokenizer = prepare.load_tokenizer(folder)
