@@ -135,6 +135,12 @@ def plot(story, ending):
 CHECKS = {check.__name__: check for check in (grammar, pronoun, name, thing, plot)}
 
 
+def explain():
+    """What each check asks -> Markdown."""
+    return "\n".join(f"* {name}, % of endings: {' '.join(check.__doc__.split())}"
+                     for name, check in CHECKS.items())
+
+
 # -------------------------------------------------------------------------------------- the pupil
 
 def endings(model, tokenizer, stories, seed=0, temperature=1.0):
