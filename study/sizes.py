@@ -206,7 +206,8 @@ def draw_maps(path, rows):
     down = math.ceil(len(shared(rows)) / 3)
     figure = Figure(figsize=(10, 3.2 * down), layout="constrained")
     for number, score in enumerate(shared(rows), 1):
-        ax, values = figure.add_subplot(down, 3, number), np.full((len(layers), len(across)), np.nan)
+        ax = figure.add_subplot(down, 3, number)
+        values = np.full((len(layers), len(across)), math.nan)
         for row in rows.values():
             width, deep, heads = row["shape"]
             y, x = layers.index(deep), across.index((width, heads))
