@@ -82,7 +82,7 @@ def spell(tokenizer, ids):
 
 def facts(words):
     """What can be counted of the tokens of a story -> of each, a list of phrases."""
-    found, bare = [], [word.strip().lower() or "white space" for word in [*words, "■"]]
+    found, bare = [], [word.strip().lower() or "white space" for word in [*words, "the end"]]
     for t, word in enumerate(words):
         last, before = (words[t - 1], bare[t - 1]) if t else ("", "nothing")
         opens, pronoun = re.search(r"[.!?\n■]", last), bare[t] in PRONOUNS
