@@ -27,7 +27,7 @@ import grade
 import prepare
 import sample
 import train
-from study.checks import CHECKS, check_run, explain
+from study.checks import CHECKS, EXPLAINED, check_run
 
 # A grid: the config that it starts from, what it changes there, and the shapes; `head` is the width
 # of a head. Half the width and four times the layers are as many parameters.
@@ -192,7 +192,7 @@ def report(runs, n):
     table = grade.table(cells)
     prepare.write_text(folder / "report.md", READ.format(
         table=table, conclusions=conclusions(rows), n=n, chance=196 * math.sqrt(0.5 / n),
-        checks=explain() if "plot" in scores else "There are no checks: these are not the stories "
+        checks=EXPLAINED if "plot" in scores else "There are no checks: these are not the stories "
         "of our grammar."))
     draw_maps(folder / "maps.png", rows)
     draw_frontiers(folder / "frontiers.png", rows)

@@ -25,7 +25,7 @@ import grade
 import prepare
 import sample
 import train
-from study.checks import check_run, explain
+from study.checks import EXPLAINED, check_run
 
 CHECKED = 100                       # stories that each checkpoint ends, where they can be checked
 PAPER_TOKENS = 80 * 16 * 512        # of a step
@@ -123,7 +123,7 @@ def study(args):
         notes.append(f"The grammar's own entropy: {bound:.3f} nats per token of whole stories.")
         losses["the grammar's own (whole stories)"] = [(step, bound) for step in files]
     if checks:
-        notes.append(explain())
+        notes.append(EXPLAINED)
     notes.append(f"Grades by {judge}: means and 95 % intervals, without empty stories." if graded
                  else "No judge has graded these checkpoints: python grade.py "
                  f"{(folder / 'ckpt_*.pt').as_posix()} --n 1")
