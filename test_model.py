@@ -1648,7 +1648,7 @@ def test_a_grid_is_trained_once_and_reported(data, tmp_path, monkeypatch, capsys
     (tmp_path / "set" / "meta.json").write_text(json.dumps(meta))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sizes.GRIDS, "demo", dict(
-        config=str(HERE / "config" / "demo.py"), head=16, widths=(16,), layers=(1, 2),
+        config=str(HERE / "config" / "demo.py"), shapes=[(16, 1, 2), (16, 2, 2)],
         changes=("--max_steps=4", "--eval_interval=2", "--eval_tokens=640", "--block_size=128",
                  "--batch_tokens=256", "--device=cpu", f"--dataset={tmp_path / 'set'}")))
     monkeypatch.setattr(checks, "LONGEST", 20)

@@ -29,17 +29,20 @@ import sample
 import train
 from study.checks import CHECKS, EXPLAINED, check_run
 
-# A grid: the config that it starts from, what it changes there, and the shapes; `head` is the width
-# of a head. Half the width and four times the layers are as many parameters.
+# A grid: the config that it starts from, what it changes there, and the shapes (width, layers,
+# heads). Half the width and four times the layers are as many parameters.
 GRIDS = {
-    "demo": dict(config="config/demo.py", head=16, widths=(32, 64, 128), layers=(1, 2, 4),
-                 changes=("--max_steps=1_000", "--eval_interval=200", "--eval_tokens=20_480")),
-    "paper": dict(config="config/tiny_8l.py", head=64, widths=(64, 128, 256, 512, 768, 1024),
-                  layers=(1, 2, 4, 8, 12), changes=("--micro_batch=32",)),
-    "heads": dict(config="config/tiny_8l.py", heads=(2, 4, 8), widths=(768,), layers=(1, 2),
-                  changes=()),
+    "demo": dict(config="config/demo.py",
+                 changes=("--max_steps=1_000", "--eval_interval=200", "--eval_tokens=20_480"),
+                 shapes=[(width, layers, width // 16)
+                         for width in (32, 64, 128) for layers in (1, 2, 4)]),
+    "paper": dict(config="config/tiny_8l.py", changes=("--micro_batch=32",),
+                  shapes=[(width, layers, max(2, width // 64))
+                          for width in (64, 128, 256, 512, 768, 1024)
+                          for layers in (1, 2, 4, 8, 12)]),
+    "heads": dict(config="config/tiny_8l.py", changes=(),
+                  shapes=[(768, layers, heads) for layers in (1, 2) for heads in (2, 4, 8)]),
 }
-SHAPE = ("width", "layers", "heads")
 # What is compared: two runs whose shapes differ by these factors (None: any).
 PAIRS = {"Twice the width, as many layers (four times the parameters)": (2, 1, None),
          "Twice the layers, the same width (twice the parameters)": (1, 2, 1),
@@ -54,14 +57,12 @@ def plan(name, changes=()):
     one over the square root of the width, as in config/."""
     grid, runs = GRIDS[name], []
     base = train.load_config([grid["config"]])
-    for width in grid["widths"]:
+    for width, layers, heads in grid["shapes"]:
         rate = base.learning_rate * math.sqrt(base.n_embd / width)
-        for layers in grid["layers"]:
-            for heads in grid.get("heads") or [max(2, width // grid["head"])]:
-                runs.append(train.load_config([
-                    grid["config"], f"--learning_rate={rate:.2g}", *grid["changes"], *changes,
-                    f"--n_embd={width}", f"--n_layer={layers}", f"--n_head={heads}",
-                    f"--out_dir=out/sizes/{name}/w{width}_l{layers}_h{heads}"]))
+        runs.append(train.load_config([
+            grid["config"], f"--learning_rate={rate:.2g}", *grid["changes"], *changes,
+            f"--n_embd={width}", f"--n_layer={layers}", f"--n_head={heads}",
+            f"--out_dir=out/sizes/{name}/w{width}_l{layers}_h{heads}"]))
     return runs
 
 
@@ -160,8 +161,8 @@ def conclusions(rows):
     smallest_first = sorted(rows, key=lambda name: rows[name]["parameters"])
     for score in scores[1:]:                            # without the loss: it has no half
         able = [name for name in smallest_first
-                if rows[name]["scores"][score] >= best(score) / 2] or ["none"]
-        lines.append(f"* {score}, {best(score) / 2:.0f} at least, from this one on: {able[0]}")
+                if rows[name]["scores"][score] >= best(score) / 2] or ["none of them"]
+        lines.append(f"* {score}: the smallest that reaches {best(score) / 2:.0f} is {able[0]}")
     for what, factors in PAIRS.items():
         gains = [[b["scores"][score] - a["scores"][score] for score in scores]
                  for a in rows.values() for b in rows.values()
@@ -183,8 +184,8 @@ def report(runs, n):
         scores, whole, entropy = row["scores"], row["whole stories"], row["entropy"]
         paper = grade.of_the_paper([{"shape": row["shape"][:2]}])
         cells[name] = {
-            **dict(zip(SHAPE, row["shape"])), "parameters": f"{row['parameters']:,}",
-            "loss": f"{scores['loss']:.3f}",
+            **dict(zip(("width", "layers", "heads"), row["shape"])),
+            "parameters": f"{row['parameters']:,}", "loss": f"{scores['loss']:.3f}",
             "whole stories": f"{whole:.3f}" + (f" ({whole / entropy - 1:+.0%})" if entropy else ""),
             **{score: f"{scores[score]:.3g}" for score in scores if score != "loss"},
             **{f"paper: {score}": paper.get(score, "-")
@@ -192,8 +193,7 @@ def report(runs, n):
     table = grade.table(cells)
     prepare.write_text(folder / "report.md", READ.format(
         table=table, conclusions=conclusions(rows), n=n, chance=196 * math.sqrt(0.5 / n),
-        checks=EXPLAINED if "plot" in scores else "There are no checks: these are not the stories "
-        "of our grammar."))
+        checks=EXPLAINED if "plot" in scores else "Other stories than our grammar's: no checks."))
     draw_maps(folder / "maps.png", rows)
     draw_frontiers(folder / "frontiers.png", rows)
     return table
