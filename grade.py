@@ -773,9 +773,7 @@ def report_probes(by, models):
 
 def draw(path, by):
     """A picture: grades with their intervals and, over several steps of a run, their curves."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure        # pyplot would look for a screen
     bounds, runs = {}, {}                   # of a model: (3, 4); of a run: its checkpoints
     for name, items in by.items():
         if any(item["grades"] for item in items):
@@ -784,8 +782,8 @@ def draw(path, by):
             if items[0].get("step") is not None:
                 runs.setdefault(items[0]["folder"].name, {})[items[0]["step"]] = bounds[name]
     runs = {run: sorted(found.items()) for run, found in runs.items() if len(found) > 1}
-    figure, axes = plt.subplots(1, 1 + len(runs), figsize=(7 * (1 + len(runs)), 4.5), squeeze=False,
-                                layout="constrained", sharey=True)
+    figure = Figure(figsize=(7 * (1 + len(runs)), 4.5), layout="constrained")
+    axes = figure.subplots(1, 1 + len(runs), squeeze=False, sharey=True)
 
     def bars(panel, x, found, **look):
         mean, low, high = found
@@ -801,8 +799,7 @@ def draw(path, by):
             bars(panel, steps, curve, label=metric, fmt="o-")
         axes[0, panel].set(xlabel=f"step of {run}")
     axes[0, 0].set(xticks=range(4), xticklabels=NUMBERS, ylim=(-0.3, 10.3), ylabel="grade of ten")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    prepare.write_picture(path, figure)
 
 
 def report(args, judge, items):
@@ -836,7 +833,7 @@ def report(args, judge, items):
             "## What needs no judge", free, "Shares of distinct words, pairs and triples compare "
             "only between equal numbers of stories.", "## The judge",
             "\n".join(f"* {name}: {fact}" for name, fact in facts.items())]
-    path.write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    prepare.write_text(path, "\n\n".join(text) + "\n")
     print("\n" + "\n\n".join([parts[0], *(part for part in parts if "the anchors in order" in part),
                               free, f"Unscored: {facts['unscored']}. The report: {path}"]))
 

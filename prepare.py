@@ -103,6 +103,14 @@ def write_whole(path, write):
         raise
 
 
+def write_text(path, text):
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def write_picture(path, figure):
+    write_whole(path, lambda file: figure.savefig(file, dpi=120))
+
+
 # ---------------------------------------------------------------------------- the grammar's stories
 
 SUFFIXES = ("s", "ed", "ing")       # appended where an entry names no form of its own
@@ -651,7 +659,7 @@ def prepare(name, input=None, valid=None, tokenizer=None, vocab_size=None, keep_
     save_tokenizer(folder, ranks)
     for split, part in parts.items():
         os.replace(part, folder / f"{split}.bin")
-    write_whole(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
+    write_text(folder / "meta.json", json.dumps(meta, indent=1))
 
     for split, found in stats.items():
         print(f"{split:5}  " + ", ".join(f"{n:,} {what}" for what, n in found.items()))

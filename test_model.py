@@ -1539,18 +1539,29 @@ def test_what_heads_do_is_measured():
 def test_what_top_tokens_have_in_common_is_counted():
     words = ["■", "Once", ",", " Tom", " saw", " a", " dog", ".", ' "', "He", '."', " So", " Tom"]
     known = inside.facts(words)
-    does = {phrase: [word for word, it in zip(words, answers) if it is True]
-            for phrase, answers in known.items()}
-    assert does[inside.NAMES] == [" Tom", " Tom"] and does["are pronouns"] == ["He"]
-    assert does["are names that are new in their story"] == [" Tom"]
-    assert does["follow a, an or the"] == [" dog"] and does["stand in quotes"] == ["He", '."']
-    assert known["follow: {}"][4] == "tom" and known["stand before: {}"][4] == "a"
-    where = torch.tensor([3, 12, 9])[None, :, None]     # one layer, one neuron: Tom, Tom, He
-    for value, counted in ((1.0, 2), (0.0, 0)):         # what does not fire is not counted
-        count, base, place = (found[:, 0, 0].tolist() for found in inside.agree(
-            torch.full((1, 3, 1), value), where, [known[inside.NAMES], known["are: {}"]]))
-        assert count == [counted, counted] and base == pytest.approx([2 / 13] * 2)
-        assert place == [3, 3]
+
+    def does(phrase):
+        return [word for word, phrases in zip(words, known) if phrase in phrases]
+
+    assert does(inside.NAMES) == [" Tom", " Tom"] and does("are pronouns") == ["He"]
+    assert does("are names that are new in their story") == [" Tom"]
+    assert does("follow a, an or the") == [" dog"] and does("stand in quotes") == ["He", '."']
+    assert does("follow: tom") == [" saw"] and does("stand before: a") == [" saw"]
+    base = Counter(phrase for phrases in known for phrase in phrases)
+    found = {phrase: more for *more, phrase in inside.common(known, base, [3, 12, 9])}
+    score, count = found[inside.NAMES]                  # Tom, Tom, He
+    assert count == 2 and score == pytest.approx(2 / 3 * math.log((2 / 3) / (2 / 13)))
+    assert found["are: he"][0] < score and found["are: he"][1] == 1 and "are: a" not in found
+
+
+def test_neurons_are_chosen_for_what_they_share(monkeypatch):
+    monkeypatch.setattr(inside, "TOP", 2)
+    words = ["■", " Tom", " saw", " a", " dog", " and", " Tom", " saw", " a", " cat", ".", "■"]
+    known, neurons = inside.facts(words), torch.zeros(2, 12, 3)
+    neurons[0, [1, 6], 1] = 1.0                         # Tom, and nothing else
+    neurons[1, [2, 4, 5], 2] = torch.tensor([2.0, 1.5, 1.0])    # this and that, but the largest
+    neurons[1, 9, 0] = 0.5                              # too little
+    assert inside.choose(neurons, known, Counter(sum(known, [])), 9) == [(1, 2), (0, 1)]
 
 
 @pytest.fixture
@@ -1567,13 +1578,22 @@ def run(data, tmp_path, request):
     return tmp_path
 
 
+def page_data(run):
+    page = (run / "inside.html").read_text(encoding="utf-8")
+    return json.loads(re.search(r'<script id="data".*?>(.*?)</script>', page)[1])
+
+
 @pytest.mark.parametrize("run", ["awake", "paper"], indirect=True)
 def test_the_page_shows_all_heads_and_the_largest_activations(run, data, capsys):
     inside.main([str(run), "--text", "Tom <b> “é”\n& Tom", "--neuron", "1.7", "2.100",
                  "--stories", "3"])
     page, printed = (run / "inside.html").read_text(encoding="utf-8"), capsys.readouterr().out
-    assert re.findall(r'<svg id="(.*?)"', page) == ["0.0", "0.1", "1.0", "1.1", "2.0", "2.1"]
-    assert "<b> “" not in page and "&lt;" in page and "\\x" in page and "↵" in page
+    shows = page_data(run)
+    assert list(shows["heads"]) == ["0.0", "0.1", "1.0", "1.1", "2.0", "2.1"]
+    assert "<b> “" not in page and "".join(shows["words"]).startswith("■Tom <b>")
+    assert "\\x" in "".join(shows["words"])              # half a character
+    for head in shows["heads"].values():
+        assert all(80 < sum(row) < 120 for row in head["shares"]) and head["says"]
     assert not re.search(r"http|src=|@import|url\(", page) and "inside.html" in printed
     model, tokenizer = sample.load_run(run, "cpu", torch.float32)
     outputs = []
@@ -1584,18 +1604,19 @@ def test_the_page_shows_all_heads_and_the_largest_activations(run, data, capsys)
         ids = [tokenizer.eot_token, *tokenizer.encode_ordinary(story)]
         model(torch.tensor([ids[:48]]))
     largest = model.blocks[1].mlp.act(torch.cat(outputs)).sort(descending=True).values[:20].tolist()
-    shown = page[page.index("<h3>1.7</h3>"):page.index("<h3>2.100</h3>")]
-    shown = [float(number) for number in re.findall(r"<td>([\d.]+)</td>", shown)]
+    assert list(shows["neurons"]) == ["1.7", "2.100"]
+    shown = [activation for around in shows["neurons"]["1.7"]["tokens"]
+             for _, activation, top in around if top]
     assert shown == pytest.approx([x for x in largest if x > 0], abs=0.0051) and shown
 
 
 def test_inside_chooses_neurons_and_does_without_stories(run, capsys):
     inside.main([str(run), "--neurons", "5", "--stories", "4"])
-    assert len(re.findall(r"<h3>\d", (run / "inside.html").read_text(encoding="utf-8"))) == 5
+    assert len(page_data(run)["neurons"]) == 5
     (run / "meta.json").unlink()
     inside.main([str(run / "ckpt.pt")])
     assert "python prepare.py" in capsys.readouterr().err
-    assert "python prepare.py" in (run / "inside.html").read_text(encoding="utf-8")
+    assert "python prepare.py" in page_data(run)["about"]
 
 
 @pytest.mark.parametrize("arguments, code, says", [
@@ -1644,7 +1665,7 @@ def test_a_grid_is_trained_once_and_reported(data, tmp_path, monkeypatch, capsys
     (tmp_path / "set" / "meta.json").write_text(json.dumps(meta))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sizes.GRIDS, "demo", dict(
-        config=str(HERE / "config" / "demo.py"), head=16, widths=(16,), layers=(1, 2),
+        config=str(HERE / "config" / "demo.py"), shapes=[(16, 1, 2), (16, 2, 2)],
         changes=("--max_steps=4", "--eval_interval=2", "--eval_tokens=640", "--block_size=128",
                  "--batch_tokens=256", "--device=cpu", f"--dataset={tmp_path / 'set'}")))
     monkeypatch.setattr(checks, "LONGEST", 20)

@@ -431,11 +431,10 @@ def write_log(path, rows):
 
 def draw_loss(folder, bound=None):
     """log.csv -> loss.png, with the entropy of the grammar where we know it."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure        # pyplot would look for a screen
     rows = read_log(folder / "log.csv")
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
     for column, style in (("train_loss", "-"), ("val_loss", "o-")):
         points = [(int(row["tokens"]), float(row[column])) for row in rows if row[column]]
         if points:
@@ -450,7 +449,6 @@ def draw_loss(folder, bound=None):
     axes.grid(alpha=0.3)
     axes.legend()
     keep(folder / "loss.png", lambda file: figure.savefig(file, dpi=120))
-    plt.close(figure)
 
 
 def take_up(settings, folder, meta):

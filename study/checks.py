@@ -62,18 +62,17 @@ def keeps(story, ending, people):
     of that kind to name."""
     rules, scenes, (first, _) = story.rules, story.plot["scenes"], cut(story)
     whole = " ".join(way for scene in scenes for way in scene)
-    may = named(rules, whole, set.union)
-    must = set().union(*(set.intersection(*(named(rules, way, set.intersection) for way in scene))
-                         for scene in scenes[1:]))
-    own = re.sub(r"\{[\w.]+\}", "", whole)              # what the plot says in words of its own
-    own += "".join(way.partition(" (")[2] for name in may for way in rules[name][2])
-    own = set(re.findall(r"\w+", own))
+    may, must = named(rules, whole, set.union), set()
+    for scene in scenes[1:]:
+        must |= set.intersection(*(named(rules, way, set.intersection) for way in scene))
     asked = {name: story.held[name][0] for name in must
              if ("he" in story.held[name][1]) == people and has(first, story.held[name][0])}
+    own = re.sub(r"\{[\w.]+\}", "", whole)              # what the plot says in words of its own
+    own += "".join(way.partition(" (")[2] for name in may for way in rules[name][2])
     for name, text in asked.items():
         others = entries(rules, name)
         places = sum(bool(others & entries(rules, each)) for each in may)
-        there = {entry for entry in others - own if has(ending, entry)}
+        there = {entry for entry in others - {*re.findall(r"\w+", own)} if has(ending, entry)}
         if not has(ending, text) or len(there | {text}) > places:
             return False
     return True if asked else None
@@ -100,14 +99,16 @@ def grammar(story, ending):
 def pronoun(story, ending):
     """As long as those who have been named are all girls or all boys, he, she, him, her ... are of
     their kind."""
-    kinds = [(name, forms) for name, (_, forms, _) in story.rules.items() if "he" in forms]
-    people = {who: forms["he"] for name, forms in kinds for who in entries(story.rules, name)}
-    speaks = {forms[word]: forms["he"] for _, forms in kinds
-              for word in ("he", "him", "his", "himself")}
+    people, speaks = {}, {}                             # {"Tom": "he"}, {"his": "he"}
+    for name, (_, forms, _) in story.rules.items():
+        if "he" in forms:
+            people |= dict.fromkeys(entries(story.rules, name), forms["he"])
+            speaks |= {forms[word]: forms["he"] for word in ("he", "him", "his", "himself")}
     seen, fits = {people[word] for word in re.findall(r"\w+", cut(story)[0]) if word in people}, []
     for word in re.findall(r"\w+", ending):
-        seen |= {people[word]} if word in people else set()
-        if len(seen) == 1 and word.lower() in speaks:
+        if word in people:
+            seen.add(people[word])
+        elif len(seen) == 1 and word.lower() in speaks:
             fits.append(speaks[word.lower()] in seen)
     return all(fits) if fits else None
 
@@ -135,28 +136,32 @@ def plot(story, ending):
 CHECKS = {check.__name__: check for check in (grammar, pronoun, name, thing, plot)}
 
 
+EXPLAINED = "\n".join(f"* {name}, % of endings: {' '.join(check.__doc__.split())}"
+                      for name, check in CHECKS.items())
+
+
 # -------------------------------------------------------------------------------------- the pupil
 
 def endings(model, tokenizer, stories, seed=0, temperature=1.0):
     """Let a model end stories after their first scenes, all at once -> list of str."""
-    ids = [sample.encode_prompt(tokenizer, cut(story)[0], model.config.block_size)
-           for story in stories]
-    told = model.generate(ids, LONGEST, temperature, stop=tokenizer.eot_token, seed=seed)
-    return [tokenizer.decode(row).strip() for row in told]
+    told = sample.tell(model, tokenizer, [cut(story)[0] for story in stories],
+                       max_new_tokens=LONGEST, temperature=temperature, seed=seed)
+    return [ending.strip() for ending in told]
 
 
 def share(stories, told):
     """{check: the share of endings that pass it, of those that have something to check}."""
-    marks = {name: [check(*pair) for pair in zip(stories, told)] for name, check in CHECKS.items()}
-    marks = {name: [mark for mark in all_ if mark is not None] for name, all_ in marks.items()}
-    return {name: sum(found) / max(len(found), 1) for name, found in marks.items()}
+    passed = {}
+    for name, check in CHECKS.items():
+        marks = [mark for mark in map(check, stories, told) if mark is not None]
+        passed[name] = sum(marks) / max(len(marks), 1)
+    return passed
 
 
-def check_run(model, tokenizer, n=200, seed=0, temperature=1.0):
+def check_run(model, tokenizer, n):
     """Check a model of the sample's stories on n that it has not seen -> {check: share}. With 200
     stories a share is known to 7 points at worst (95 %)."""
-    stories = held_out(n)
-    return share(stories, endings(model, tokenizer, stories, seed, temperature))
+    return share(held_out(n), endings(model, tokenizer, held_out(n)))
 
 
 def main(argv=None):

@@ -5,7 +5,7 @@
     python -m study.copying out/mine --data /big/mine   # where its train.bin is kept
 
 The model goes on with the first two fifths of 100 stories that it has trained on, and what it
-writes is looked for in train.bin: about three minutes of a CPU core and 0.4 GB for 500 million
+writes is looked for in train.bin: about three minutes of a CPU core and 1 GB for 500 million
 tokens. The answer is in out/<run>/copying.md and copying.png. After arXiv 2305.07759, section 4.4.
 
 Beside a completion stands the true ending of its story. Both are cut to the length of the shorter,
@@ -16,10 +16,12 @@ counts words, cuts nothing and looks in all stories.
 """
 
 import argparse
+import html
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 import grade
 import prepare
@@ -33,18 +35,14 @@ ROWS = 25                   # completions written at a time
 KINDS = ("completions", "true endings")
 PAPER = {"(a) 2-grams in the true ending": "nearly all under 0.25",     # what it found
          "(b) Rouge-2 with the most alike other": "most 0.07-0.10, at most 0.20",
+         "(c) 4-grams in no story": "most", "(c) 5-grams in no story": "most",
          "(d) 2-grams in the nearest story": "most often 0.25-0.4",
          "(d) 3-grams in the nearest story": "most often 0.1-0.25"}
 
 
 def find_ends(path, eot):
     """Where in a token file its stories end."""
-    ends, start = [], 0
-    with open(path, "rb") as file:
-        while len(ids := np.fromfile(file, np.uint16, 16 * PIECE)):
-            ends.append(start + np.flatnonzero(ids == eot))
-            start += len(ids)
-    return np.concatenate(ends)
+    return np.flatnonzero(np.memmap(path, np.uint16, "r") == eot)
 
 
 def read_story(path, ends, number):
@@ -73,28 +71,27 @@ def search(path, ends, texts, begun):
     counts = {k: np.zeros(len(grams), np.int64) for k, (grams, _) in known.items()}
     most = {k: np.zeros(len(texts)) for k in NEAR}
     nearest = {k: np.zeros(len(texts), np.int64) for k in NEAR}
-    bar, start, first = prepare.Progress(f"reading {path.name}", path.stat().st_size), 0, 0
-    with open(path, "rb") as file:
-        while first < len(ends):
-            last = max(int(np.searchsorted(ends, start + PIECE)), first + 1)
-            stories = np.arange(last - first)                           # whole ones
-            ids = np.fromfile(file, np.uint16, ends[last - 1] + 1 - start)
-            story = stories.repeat(np.diff(ends[first:last], prepend=start - 1))    # of each token
-            ids[np.isin(story, np.subtract(begun, first))] = ids[-1]    # no text has an end mark
-            for k, (grams, held) in known.items():
-                where, which = find[k](grade.hashes(ids, k))
-                counts[k] += np.bincount(which, minlength=len(grams))
-                if k in NEAR:
-                    pairs = np.sort(story[where] * len(grams) + which)
-                    pairs = pairs[np.diff(pairs, prepend=-1) > 0]       # each once a story
-                    bags = np.searchsorted(pairs, stories * len(grams))
-                    shared = F.embedding_bag(torch.from_numpy(pairs % len(grams)), held,
-                                             torch.from_numpy(bags), mode="sum").numpy()
-                    share = shared.max(0) / held.sum(0).numpy()     # (stories, texts) -> (texts)
-                    nearest[k] = np.where(share > most[k], first + shared.argmax(0), nearest[k])
-                    most[k] = np.maximum(share, most[k])
-            start, first = int(ends[last - 1]) + 1, last
-            bar.show(2 * start)
+    bar = prepare.Progress(f"reading {path.name}", path.stat().st_size)
+    data, start, first = np.memmap(path, np.uint16, "r"), 0, 0
+    while first < len(ends):
+        last = max(int(np.searchsorted(ends, start + PIECE)), first + 1)
+        stories = np.arange(last - first)                               # whole ones
+        ids = np.array(data[start:ends[last - 1] + 1])
+        story = stories.repeat(np.diff(ends[first:last], prepend=start - 1))    # of each token
+        ids[np.isin(story, np.subtract(begun, first))] = ids[-1]        # no text has an end mark
+        for k, (grams, held) in known.items():
+            where, which = find[k](grade.hashes(ids, k))
+            counts[k] += np.bincount(which, minlength=len(grams))
+            if k in NEAR:
+                pairs = np.unique(story[where] * len(grams) + which)    # each once a story
+                bags = np.searchsorted(pairs, stories * len(grams))
+                shared = F.embedding_bag(torch.from_numpy(pairs % len(grams)), held,
+                                         torch.from_numpy(bags), mode="sum").numpy()
+                share = shared.max(0) / held.sum(0).numpy()         # (stories, texts) -> (texts)
+                nearest[k] = np.where(share > most[k], first + shared.argmax(0), nearest[k])
+                most[k] = np.maximum(share, most[k])
+        start, first = int(ends[last - 1]) + 1, last
+        bar.show(2 * start)
     seen = {k: [counts[k][one.numpy() > 0] for one in held.T] for k, (_, held) in known.items()}
     return seen, {k: (most[k], nearest[k]) for k in NEAR}
 
@@ -115,108 +112,103 @@ def most_alike(texts, k=2):
 # -------------------------------------------------------------------------------------- the report
 
 def draw(path, shared, seen, title):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
-    (a, b), (c, d) = axes
-    names = list(shared)
-    for panel, mine in ((a, names[:1]), (b, names[1:2]), (d, names[2:])):
-        top = max(values.max() for name in mine for values in shared[name])
-        bins = np.linspace(0, min(1, np.ceil(20 * top + 1) / 20), 31)
-        for i, name in enumerate(mine):
-            for kind, values, how in zip(KINDS, shared[name], (
-                    dict(alpha=0.4), dict(histtype="step", linewidth=1.8))):
-                panel.hist(values, bins, color=f"C{i}", label=f"{name}: {kind}", **how)
-        panel.set(xlabel="share", ylabel="texts", xlim=(0, bins[-1]),
-                  ylim=(0, 1.25 * panel.get_ylim()[1]))                 # room for the legend
-    a.set_title("(true endings: in the ending of another story)", fontsize=9)
+    """A histogram of each share, and how often the k-grams occur."""
+    figure = Figure(figsize=(15, 8), layout="constrained")
+    figure.suptitle(title)
+    for i, (name, both) in enumerate(shared.items(), 1):
+        ax = figure.add_subplot(2, 3, i)
+        ax.hist(both.T, np.linspace(0, 1, 41), histtype="stepfilled", alpha=0.5, label=KINDS)
+        ax.set(title=name, xlabel="share", ylabel="texts")
+        ax.legend()
+    ax = figure.add_subplot(2, 3, 5)
     for k in KS:
         for kind, times, style in zip(KINDS, seen[k], ("o-", "x:")):
             digits = [len(str(n)) if n else 0 for n in times.tolist()]
-            c.plot(np.bincount(digits) / len(digits), style, color=f"C{k - 1}", markersize=5,
-                   label=f"(c) {k}-grams: {kind}")
-    c.set(xticks=range(9), ylim=(0, None), ylabel="share of the k-grams",
-          xlabel="how often they occur in training stories",
-          xticklabels=["never", "1-9", "10-99", "100-", "1,000-", "10,000-", "100,000-", "1 M-",
-                       "10 M-"], xlim=(-0.3, max(line.get_xdata()[-1] for line in c.lines) + 0.3))
-    for panel in axes.flat:
-        panel.legend(fontsize=8)
-        panel.grid(alpha=0.3)
-    figure.suptitle(title)
-    prepare.write_whole(path, lambda file: figure.savefig(file, dpi=120))
-    plt.close(figure)
+            ax.plot(np.bincount(digits) / len(digits), style, color=f"C{k}", label=f"{k}: {kind}")
+    ax.set(title="(c) k-grams in all stories", xlabel="how often: 0, or a number of so many digits",
+           ylabel="share of the k-grams")
+    ax.legend(fontsize=8)
+    prepare.write_picture(path, figure)
 
 
 def marked(tokenizer, ids, other, k=3):
     """A text as HTML in a cell of a table; what it shares with another, from k tokens on, bold."""
-    common = np.flatnonzero(np.isin(grade.hashes(ids, k), grade.hashes(other, k)))
-    bold = np.zeros(len(ids) + 1, bool)
-    bold[np.add.outer(common, np.arange(k))] = True
-    text, on = b"", False
-    for piece, wanted in zip([*map(tokenizer.decode_single_token_bytes, ids), b""], bold):
-        if wanted != on and not (piece and piece[0] & 0xC0 == 0x80):    # not inside a character
-            text, on = text + (b"<b>" if wanted else b"</b>"), wanted
-        text += piece.replace(b"&", b"&amp;").replace(b"<", b"&lt;").replace(b"|", b"&#124;")
-    return "<br>".join(text.decode(errors="replace").strip().splitlines())
+    bold = np.zeros(len(ids), bool)
+    for start in np.flatnonzero(np.isin(grade.hashes(ids, k), grade.hashes(other, k))):
+        bold[start:start + k] = True
+    text, edges = "", np.flatnonzero(np.diff(bold)) + 1
+    for run, on in zip(np.split(ids, edges), bold[[0, *edges]]):
+        piece = html.escape(tokenizer.decode(run.tolist()), quote=False).replace("|", "&#124;")
+        text += f"<b>{piece}</b>" if on else piece
+    return "<br>".join(text.strip().splitlines())
+
+
+def tell(model, tokenizer, stories, temperature, seed):
+    """Let a model go on with the first two fifths of stories -> (completion, beginning, ending) of
+    each."""
+    trios, eot = [], tokenizer.eot_token
+    for i in range(0, len(stories), ROWS):
+        halves = [np.split(story, [2 * len(story) // 5]) for story in stories[i:i + ROWS]]
+        told = model.generate([[eot, *given.tolist()] for given, _ in halves], max(
+            len(ending) for _, ending in halves), temperature, stop=eot, seed=seed + i)
+        trios += [(np.array(ids, np.uint16), *half) for ids, half in zip(told, halves)]
+        print(f"told {len(trios)} of {len(stories)}", flush=True)
+    return trios
 
 
 def study(args):
     folder = sample.find_run(args.run).parent
     model, tokenizer = sample.load_run(args.run, args.device)
-    path, eot = grade.training_file(folder, args.data), tokenizer.eot_token
+    path = grade.training_file(folder, args.data)
     if not path:
         raise SystemExit(f"The train.bin that {folder} has learned from is not in "
                          f"{args.data or 'the folder of data/ that its meta.json names'}, or has "
                          "another size. Name its folder: --data FOLDER")
-    ends = find_ends(path, eot)
+    ends = find_ends(path, tokenizer.eot_token)
     begun = np.flatnonzero(np.diff(ends, prepend=-1) > 2 * LEAST)
     begun = np.random.default_rng(args.seed).permutation(begun)[:args.n]
-    stories, trios = [read_story(path, ends, number) for number in begun], []
-    for i in range(0, len(stories), ROWS):
-        halves = [np.split(story, [2 * len(story) // 5]) for story in stories[i:i + ROWS]]
-        told = model.generate([[eot, *given.tolist()] for given, _ in halves], max(
-            len(ending) for _, ending in halves), args.temperature, stop=eot, seed=args.seed + i)
-        trios += [(np.array(ids, np.uint16), *half) for ids, half in zip(told, halves)]
-        print(f"told {len(trios)} of {len(stories)}", flush=True)
+    trios = tell(model, tokenizer, [read_story(path, ends, number) for number in begun],
+                 args.temperature, args.seed)
     trios = [trio for trio in trios if len(trio[0]) >= LEAST]
-    n, short = len(trios), len(stories) - len(trios)
+    n, short = len(trios), len(begun) - len(trios)
     if n < 2:
-        raise SystemExit(f"{n} of {len(stories)} completions have {LEAST} tokens: nothing to "
+        raise SystemExit(f"{n} of {len(begun)} completions have {LEAST} tokens: nothing to "
                          "compare. Take a larger --n, or train for longer.")
     completions, given, endings = zip(*trios)
     texts = [*(text[:len(ending)] for text, ending in zip(completions, endings)),
              *(ending[:len(text)] for text, ending in zip(completions, endings))]
     seen, near = search(path, ends, texts, begun)
-    true = map(precision, texts, [*endings, *endings[1:], endings[0]])
-    alike = [*most_alike(texts[:n]), *most_alike(texts[n:])]
-    shared = {name: np.reshape([*values], (2, n)) for name, values in zip(
-        PAPER, (true, alike, near[2][0], near[3][0]))}
+    shared = {"(a) 2-grams in the true ending":
+              [*map(precision, texts, [*endings, *endings[1:], endings[0]])],
+              "(b) Rouge-2 with the most alike other":
+              [*most_alike(texts[:n]), *most_alike(texts[n:])],
+              "(d) 2-grams in the nearest story": near[2][0],
+              "(d) 3-grams in the nearest story": near[3][0]}
+    shared = {name: np.reshape(values, (2, n)) for name, values in shared.items()}
     seen = {k: [np.concatenate(half) for half in (seen[k][:n], seen[k][n:])] for k in KS}
 
-    rows = {name: {kind: f"{np.median(values):.2f}, at most {values.max():.2f}" for kind, values in
-                   zip(KINDS, shared[name])} | {"the paper": PAPER[name]} for name in PAPER}
-    rows |= {f"(c) {k}-grams in no story": {
-        kind: f"{np.mean(times == 0):.1%}" for kind, times in zip(KINDS, seen[k])} | (
-        {"the paper": "most"} if k > 3 else {}) for k in KS}
-    table = grade.table({name: rows[name] for name in sorted(rows)})
-    facts = (f"{n} completions at temperature {args.temperature:g} (seed {args.seed}) against "
-             f"{len(ends):,} training stories, {path.stat().st_size // 2:,} tokens")
+    rows = {name: [f"{np.median(values):.2f}, at most {values.max():.2f}" for values in both]
+            for name, both in shared.items()} | {
+        f"(c) {k}-grams in no story": [f"{np.mean(times == 0):.1%}" for times in seen[k]]
+        for k in KS}
+    table = grade.table({name: dict(zip((*KINDS, "the paper"), [*cells, PAPER.get(name, "-")]))
+                         for name, cells in sorted(rows.items())})
     title = f"Does {folder.resolve().name} copy?"
-    draw(folder / "copying.png", shared, seen, f"{title} {facts}")
-    facts += f"; {short} more ended before {LEAST} tokens." if short else "."
+    facts = (f"{n} completions at temperature {args.temperature:g} (seed {args.seed}) against "
+             f"{len(ends):,} training stories, {path.stat().st_size // 2:,} tokens; {short} more "
+             f"ended before {LEAST} tokens.")
     parts = [f"# {title}", facts, table, "Medians, and the largest. (a) of a true ending is about "
-             "the ending of another story.", "![four histograms](copying.png)",
+             "the ending of another story.", "![histograms](copying.png)",
              " ".join(__doc__.split("\n\n")[-1].split())]
-    for kind, i in zip(KINDS, shared["(d) 3-grams in the nearest story"].argmax(1) + [0, n]):
-        story, share = read_story(path, ends, near[3][1][i]), near[3][0][i]
-        before, mine, theirs = (marked(tokenizer, *pair) for pair in (
-            (given[i % n][-25:], []), (texts[i], story), (story, texts[i])))
+    for kind, i in zip(KINDS, near[3][0].reshape(2, n).argmax(1) + [0, n]):
+        share, number = near[3][0][i], near[3][1][i]
+        story = read_story(path, ends, number)
         parts += [f"## The worst of the {kind}: {share:.0%} of its 3-grams are in one story",
-                  f"| ... {before} ... | training story {near[3][1][i]:,} |\n|---|---|\n"
-                  f"| {mine} | {theirs} |"]
-    text = "\n\n".join(parts) + "\n"
-    prepare.write_whole(folder / "copying.md", lambda file: file.write(text.encode()))
+                  f"| ... {marked(tokenizer, given[i % n][-25:], [])} ... | training story "
+                  f"{number:,} |\n|---|---|\n| {marked(tokenizer, texts[i], story)} | "
+                  f"{marked(tokenizer, story, texts[i])} |"]
+    draw(folder / "copying.png", shared, seen, f"{title} {facts}")
+    prepare.write_text(folder / "copying.md", "\n\n".join(parts) + "\n")
     print(f"\n{facts}\n\n{table}\n\nSide by side: {folder / 'copying.md'}   The picture: "
           f"{folder / 'copying.png'}")
 

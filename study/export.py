@@ -81,7 +81,7 @@ def export(run, folder):
                 "tokenizer_class": "GPT2Tokenizer", "model_max_length": model.config.block_size,
                 "bos_token": mark, "eos_token": mark, "unk_token": mark}),
             "config.json": json.dumps(config, indent=1)}.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        prepare.write_text(folder / name, text)
     print(f"{folder} holds {run} as a GPT-Neo.")
 
 

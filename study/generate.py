@@ -21,7 +21,6 @@ a story that lacks one of its words is counted and kept (its record does not nam
 """
 
 import argparse
-import os
 import random
 import re
 import sys
@@ -53,8 +52,8 @@ the story, with an empty line between paragraphs"""
 LANGUAGE = (" Write it in {language}: put the words from above into {language}, too, and all the "
             "rest but the three names Words, Summary and Story.")
 
-# The names may come in capitals or **bold**, and after a word of greeting.
-FORM = r"(?ims)^\W*words\W*?[:：](.+?)^\W*summary\W*?[:：](.+?)^\W*story\W*?[:：](.+)"
+# The names may come in capitals or **bold**, and after a word of greeting; a story has a letter.
+FORM = r"(?ims)^\W*words\W*?[:：](.+?)^\W*summary\W*?[:：](.+?)^\W*story\W*?[:：](.*\w.*)"
 
 
 def read_words(path=prepare.HERE / "data" / "words.txt"):
@@ -91,9 +90,9 @@ def read_reply(line):
     if reply["finish"] == "length":
         return "cut at its length limit"
     parts = re.search(FORM, text)
-    words, summary, story = (part.strip(" \n*_`") for part in parts.groups()) if parts else [""] * 3
-    if not story:
+    if not parts:
         return "not in the form that was asked for" if text.strip() else "empty"
+    words, summary, story = (part.strip(" \n*_`") for part in parts.groups())
     words = [word.strip(" \n.\"'“”«»*_") for word in re.split("[,;，、،]", words)]
     there = [word for word in words if word and word.lower() in story.lower()]
     whole = len(there) == len(words) == len(line["words"])
@@ -102,27 +101,26 @@ def read_reply(line):
 
 
 def write(args, items, have):
-    """Make the text file anew from the ledger -> how many stories it has, and of what else."""
-    counts, seen = Counter(), set()
-    part = args.out.with_name(args.out.name + ".part")
-    with open(part, "w", encoding="utf-8", newline="\n") as file:
-        for item in items:
-            line = have.get(item["key"])
-            story = read_reply(line) if line else item.get("failed", "not asked yet")
-            if not isinstance(story, str) and story["Story"] in seen:
-                story = "told before, word for word"
-            if isinstance(story, str):
-                counts[story] += 1
-                continue
-            seen.add(text := story.pop("Story"))
-            counts["lack"] += not story["Words"]
-            if args.instruct:
-                rng = random.Random(f"{item['seed']}-{item['number']} as a record")
-                fields = {"Features": ", ".join(sorted(item["features"])), **story}
-                text = prepare.write_record(text, rng.choice, fields)
-            file.write(f"{text}\n{prepare.MARK}\n")
-    os.replace(part, args.out)
-    return len(seen), counts.pop("lack", 0), counts
+    """Make the text file anew from the ledger -> how many stories it has, how many of them lack a
+    word, and what was left out ({why: how often})."""
+    texts, lack, left_out = {}, 0, Counter()            # texts: {story: what is written of it}
+    for item in items:
+        line = have.get(item["key"])
+        story = read_reply(line) if line else item.get("failed", "not asked yet")
+        if not isinstance(story, str) and story["Story"] in texts:
+            story = "told before, word for word"
+        if isinstance(story, str):
+            left_out[story] += 1
+            continue
+        lack += not story["Words"]
+        text = story.pop("Story")
+        texts[text] = text
+        if args.instruct:
+            rng = random.Random(f"{item['seed']}-{item['number']} as a record")
+            fields = {"Features": ", ".join(sorted(item["features"])), **story}
+            texts[text] = prepare.write_record(text, rng.choice, fields)
+    prepare.write_text(args.out, "".join(f"{text}\n{prepare.MARK}\n" for text in texts.values()))
+    return len(texts), lack, left_out
 
 
 def generate(args):
@@ -159,10 +157,10 @@ def generate(args):
         args.out.parent.mkdir(parents=True, exist_ok=True)
         ledger.touch()                      # it cannot be written? Better said before it is paid
         grade.ask_all(teacher, ask, todo, "told")
-    stories, lack, counts = write(args, items, have)
+    stories, lack, left_out = write(args, items, have)
     print(f"stories in {args.out}: {stories:,}, without a word that they should have: {lack:,}"
           + teacher.paid())
-    for why, n in counts.most_common():
+    for why, n in left_out.most_common():
         print(f"left out: {n:,} x {why}")
     if not all(item["key"] in have for item in items):
         print(f"{teacher.stop or 'Some did not come'}. What came is kept; the same command goes "

@@ -11,16 +11,17 @@ them are held at once, for 8,000 tokens: tiny_8l takes 1 GB, and half a minute. 
 """
 
 import argparse
-import html
 import json
+import math
 import re
-import string
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import grade
 import model
 import prepare
 import sample
@@ -30,17 +31,9 @@ SHOWN = 80                  # tokens of a story that a map shows
 PARAGRAPH = ("Once there was a girl named Ann. Ann had a red ball and a small dog. One day, the "
              "dog took the red ball and ran away. \"Come back!\" cried Ann. The dog came back, but "
              "the ball was gone. Ann was sad, and the dog was sad, too.")
-COLUMNS = {     # of the table of heads
-    "distance": "how many tokens back it looks on average. Here and in the next column, what goes "
-                "to the first token is left out.",
-    "favourite": "the distance that gets most, and its share. Near 100 % is a head that looks a "
-                 "fixed distance back; 0 is the token itself.",
-    "first": "share on the first token, where heads look that find nothing to look at.",
-    "before": "share on the token before.",
-    "same": "share on earlier occurrences of the same token, over tokens that have any.",
-    "after same": "share on what followed an earlier occurrence of the same token, over tokens "
-                  "that have any: induction, by which a model repeats what was said before.",
-    "names": "share on names (capitals inside a sentence), over tokens that have any before them."}
+# Of the table of heads; the page explains them.
+COLUMNS = ("distance", "favourite", "first", "before", "same", "after same", "names")
+PRONOUNS = "i you he she it we they me him her us them".split()
 NAMES = "are names (capitals inside a sentence)"
 
 
@@ -71,14 +64,14 @@ def record(gpt, ids):
 
 def read_stories(dataset, n):
     """The text of the first n validation stories of a prepared data set; [] if it is not there."""
-    for folder in (prepare.HERE / "data" / dataset, Path(dataset)):
-        if (folder / "meta.json").is_file() and (folder / "val.bin").is_file():
-            tokenizer = prepare.load_tokenizer(folder)
-            data = np.memmap(folder / "val.bin", dtype=np.uint16, mode="r")
-            ends = np.flatnonzero(data == tokenizer.eot_token)[:n]
-            return [tokenizer.decode(data[start:end].tolist())
-                    for start, end in zip([0, *(ends + 1)], ends)]
-    return []
+    named = prepare.HERE / "data" / dataset
+    folder = named if named.is_dir() else Path(dataset)
+    if not (folder / "meta.json").is_file():
+        return []
+    tokenizer = prepare.load_tokenizer(folder)
+    data = np.fromfile(folder / "val.bin", np.uint16)
+    ends = np.flatnonzero(data == tokenizer.eot_token)[:n]
+    return [tokenizer.decode(data[start:end]) for start, end in zip([0, *(ends + 1)], ends)]
 
 
 def spell(tokenizer, ids):
@@ -88,43 +81,38 @@ def spell(tokenizer, ids):
 
 
 def facts(words):
-    """What can be counted of the tokens of a story -> {what they do: of each token, the word that
-    fills the gap, or whether it does}."""
-    bare = [word.strip().lower() or "white space" for word in words]
-    last, before = ["", *words[:-1]], ["", *bare[:-1]]
-    opens = [bool(re.search(r"[.!?\n■]", word)) for word in last]
-    pronoun = [word in "i you he she it we they me him her us them".split() for word in bare]
-    name = [word.strip()[:1].isupper() and not (start or other or '"' in sign)
-            for word, start, other, sign in zip(words, opens, pronoun, last)]
-    new = [word not in bare[:t] for t, word in enumerate(bare)]
-    return {NAMES: name,
-            "are names that are new in their story": [a and b for a, b in zip(name, new)],
-            "are new in their story": new,
-            "are pronouns": pronoun,
-            "follow . ! ? or a new line": opens,
-            "follow a, an or the": [word in ("a", "an", "the") for word in before],
-            "end in -ed": [word.endswith("ed") for word in bare],
-            "stand in quotes": ["".join(words[:t]).count('"') % 2 == 1 for t in range(len(words))],
-            "are: {}": bare, "follow: {}": before, "stand before: {}": [*bare[1:], ""]}
+    """What can be counted of the tokens of a story -> of each, a list of phrases."""
+    found, bare = [], [word.strip().lower() or "white space" for word in [*words, "the end"]]
+    for t, word in enumerate(words):
+        last, before = (words[t - 1], bare[t - 1]) if t else ("", "nothing")
+        opens, pronoun = re.search(r"[.!?\n■]", last), bare[t] in PRONOUNS
+        name = word.strip()[:1].isupper() and not (opens or pronoun or '"' in last)
+        is_true = {NAMES: name, "are names that are new in their story": name and bare[t] not in
+                   bare[:t], "are pronouns": pronoun, "follow . ! ? or a new line": opens,
+                   "follow a, an or the": before in ("a", "an", "the"),
+                   "end in -ed": bare[t].endswith("ed"),
+                   "stand in quotes": "".join(words[:t]).count('"') % 2,
+                   f"are: {bare[t]}": True, f"follow: {before}": True,
+                   f"stand before: {bare[t + 1]}": True}
+        found.append([phrase for phrase in is_true if is_true[phrase]])
+    return found
 
 
 def read(gpt, tokenizer, texts):
     """Read texts (lists of ids) -> the words of all N tokens, their facts, all neurons (layers, N,
     4 C), and the means of `measure`."""
-    words, known, neurons, columns = [], {}, [], []
+    words, known, neurons, columns = [], [], [], []
+    bar = prepare.Progress("reading", len(texts), unit="texts")
     for n, ids in enumerate(texts, 1):
-        if sys.stderr.isatty():
-            end = "\n" if n == len(texts) else ""
-            print(f"\rreading text {n} of {len(texts)}", end=end, file=sys.stderr)
-        told = spell(tokenizer, ids)
         _, maps, fired = record(gpt, torch.tensor(ids))
         fired[:, 0] = 0         # on the end mark much is large that says nothing of stories
-        words += told
-        neurons.append(fired)
-        for phrase, answers in facts(told).items():
-            known.setdefault(phrase, []).extend(answers)
-        name = torch.tensor(known[NAMES][-len(ids):])
+        told = spell(tokenizer, ids)
+        name = torch.tensor([NAMES in phrases for phrases in facts(told)])
         columns.append(measure(maps, torch.tensor(ids), name, gpt.config.block_size))
+        neurons.append(fired)
+        words += told
+        known += facts(told)
+        bar.show(n)
     return words, known, torch.cat(neurons, dim=1), torch.stack(columns).nanmean(dim=0)
 
 
@@ -146,107 +134,74 @@ def measure(maps, ids, name, longest):
     return torch.cat((torch.einsum("hij,cij->ch", maps, where.float()) / tokens, reach))
 
 
-def agree(values, where, answers):
-    """What do the top tokens of each neuron have in common? values, where (layers, TOP, neurons):
-    their activations and their places among N tokens; answers: a list of N for each fact -> three
-    tensors (facts, layers, neurons): how many of the top agree, the share of all tokens that do
-    the same, and the place of one that does."""
-    found = []
-    for answer in answers:
-        place = {}              # of the first token with this answer; one that has none is alone
-        code = torch.tensor([place.setdefault(a or (t,), t) for t, a in enumerate(answer)])
-        most = code[where].mode(dim=1).values                           # (layers, neurons)
-        count = ((code[where] == most[:, None]) & (values > 0)).sum(dim=1)
-        found.append((count, code.bincount()[most] / len(code), most))
-    return [torch.stack(tensors) for tensors in zip(*found)]
-
-
-def show_heads(maps, columns):
-    """Print the table of heads -> the maps and the table as HTML."""
+def describe_heads(maps, columns):
+    """-> {head: its map (T, T) and what it does most}, and the table of heads."""
     reach = columns[5:]                                                 # (longest, heads + 1)
     distance = torch.arange(len(reach)).float() @ reach / reach.sum(dim=0)
     favourite, back = reach.max(dim=0)
     shares = torch.cat((favourite[None], columns[:5])).T.nan_to_num()   # (heads + 1, 6)
-    most = (shares - shares[-1]).argmax(dim=1)                          # compared with all alike
+    most = 1 + (shares - shares[-1]).argmax(dim=1)                      # compared with all alike
     names = [f"{layer}.{head}" for layer in range(len(maps)) for head in range(len(maps[0]))]
-    names.append("all alike")
-    titles, table, drawn = ["head", *COLUMNS], "", ""
-    print(" ".join(f"{title:>10}" for title in titles))
-    for head, row in enumerate(shares.tolist()):
-        cells = [names[head], f"{distance[head]:.1f}", f"{back[head]} ({row[0]:.0%})",
-                 *(f"{share:.0%}" for share in row[1:])]
-        print(" ".join(f"{cell:>10}" for cell in cells))
-        table += "<tr>" + "".join(map(tinted, ["td"] * 8, cells, [0, 0, *row])) + "</tr>\n"
-        if head < len(names) - 1:
-            column = int(most[head]) + 2
-            drawn += draw_map(names[head], f"{titles[column]} {cells[column]}",
-                              maps.flatten(0, 1)[head])
-    return drawn, "<tr><th>" + "<th>".join(titles) + "</tr>\n" + table
+    table, heads = {}, {}
+    for head, name in enumerate([*names, "all alike"]):
+        first, *others = (f"{share:.0%}" for share in shares[head])
+        cells = f"{distance[head]:.1f}", f"{back[head]} ({first})", *others
+        table[name] = dict(zip(COLUMNS, cells))
+        heads[name] = f"{COLUMNS[most[head]]} {cells[most[head]]}"
+    percent = (100 * maps).round().int().flatten(0, 1).tolist()
+    return {name: {"says": heads[name], "shares": shares}
+            for name, shares in zip(names, percent)}, grade.table(table)
 
 
-def show_neurons(words, known, neurons, chosen, n):
-    """Print and draw the neurons `chosen` -> HTML. If none are, n: the one with the largest
-    activation, then for each fact the one whose top tokens agree most, then the second ..."""
-    tops = [layer.topk(min(TOP, len(words)), dim=0) for layer in neurons]
-    values, where = map(torch.stack, zip(*tops))                        # (layers, TOP, 4 C)
-    counts, bases, most = agree(values, where, known.values())
-    share, width = counts / values.size(1), neurons.size(2)
-    gain = torch.xlogy(share, share / bases.clamp(min=0.01))                # common only here,
-    gain *= 1 - neurons.mean(dim=1) / values.mean(dim=1).clamp(min=1e-9)    # and silent elsewhere
-    if not chosen:
-        best = gain.flatten(1).topk(min(n, gain[0].numel())).indices.T      # (n, facts)
-        order = dict.fromkeys([int(values[:, 0].argmax()), *best.flatten().tolist()])
-        chosen = [divmod(place, width) for place in order][:n]
-    drawn = ""
-    for layer, i in chosen:
-        fires, says = int((values[layer, :, i] > 0).sum()), []
-        for fact in gain[:, layer, i].argsort(descending=True)[:3].tolist():
-            count, place = int(counts[fact, layer, i]), int(most[fact, layer, i])
-            if 2 * count >= fires and count > 2 and gain[fact, layer, i] > 0:
-                phrase = list(known)[fact].format(list(known.values())[fact][place])
-                says.append(f"{count} of {fires} {phrase} ({bases[fact, layer, i]:.1%} of all)")
-        says = "; ".join(says) or ("nothing that is counted is common to its top tokens" if fires
-                                   else "it fires on none of the tokens")
-        says = "the largest of all; " * bool(values[layer, 0, i] == values.max()) + says
-        places = where[layer, :fires, i].tolist()
-        print(f"\n{layer}.{i}: {says}\n   ", *(repr(words[place])[1:-1] for place in places[:12]))
-        drawn += draw_neuron(f"{layer}.{i}", says, words, neurons[layer, :, i].tolist(), places)
-    return drawn
+def common(known, base, places):
+    """What do some tokens, at these places among all, have in common? known: the facts of all;
+    base: how many have each -> [(score, count, phrase)], the best first: what nearly all of them
+    do, and few others."""
+    found = []
+    for phrase, count in Counter(phrase for place in places for phrase in known[place]).items():
+        share, usual = count / len(places), max(base[phrase] / len(known), 0.01)
+        found.append((share * math.log(share / usual), count, phrase))
+    return sorted(found, reverse=True)
 
 
-# ----------------------------------------------------------------------------------------- the page
-
-PAGE = prepare.HERE / "study" / "inside.html"      # with $names for what is filled in
-
-
-def tinted(tag, text, share):
-    text = html.escape(text.replace("\n", "↵"))
-    return f'<{tag} style="background: rgba(204, 68, 0, {max(share, 0):.2f})">{text}</{tag}>'
-
-
-def draw_map(name, says, shares):
-    """One head's map (T, T): a token is a unit wide, and what is under 2 % is left out."""
-    rows, size = "", len(shares) + 8.5
-    for i, row in enumerate(shares.tolist()):
-        dots = "".join(f'<path d="M{j} {i}.5h1" opacity="{share ** 0.5:.2f}"/>'
-                       for j, share in enumerate(row) if share >= 0.02)
-        data = " ".join(f"{100 * share:.0f}" for share in row[:i + 1])
-        rows += f'<g data-shares="{data}"><path class="row" d="M0 {i}.5h{i + 1}"/>{dots}</g>\n'
-    return (f'<figure><svg id="{name}" viewBox="-8 -8 {size} {size}"><use href="#labels"/>{rows}'
-            f'</svg><figcaption><b>{name}</b> {says}</figcaption></figure>\n')
+def choose(neurons, known, base, n):
+    """The n neurons to show -> [(layer, number)]: the one with the largest activation; for each
+    kind of phrase, the one whose top tokens share it best; and whose share anything best."""
+    ranked, best = [], {}
+    for layer, fired in enumerate(neurons):                             # (N, 4 C)
+        values, places = fired.topk(min(TOP, len(known)), dim=0)        # (TOP, 4 C)
+        for i in (values[-1] > 0).nonzero().flatten().tolist():
+            score, _, phrase = common(known, base, places[:, i].tolist())[0]
+            ranked.append((score, phrase.partition(":")[0], (layer, i)))
+    for _, kind, neuron in sorted(ranked, reverse=True):
+        best.setdefault(kind, neuron)
+    largest = divmod(int(neurons.amax(dim=1).argmax()), neurons.size(2))
+    others = [neuron for _, _, neuron in sorted(ranked, reverse=True)]
+    return [*dict.fromkeys([largest, *best.values(), *others])][:n]
 
 
-def draw_neuron(name, says, words, activations, places):
-    """A neuron's top tokens, each in the middle of a few words of its context."""
-    rows = ""
-    for place in places:
-        spans = [tinted("span", words[t], activations[t] / activations[places[0]])
-                 for t in range(max(place - 6, 0), min(place + 5, len(words)))]
-        here = min(place, 6)
-        rows += (f'<tr><td>{"".join(spans[:here])}</td><td>{"".join(spans[here:])}</td>'
-                 f'<td>{activations[place]:.2f}</td></tr>\n')
-    return f"<div><h3>{name}</h3><p>{html.escape(says)}</p><table>{rows}</table></div>\n"
+def describe_neurons(words, known, neurons, chosen, n):
+    """The neurons `chosen`; if none are, n that `choose` finds -> {neuron: what its top tokens have
+    in common, and each of them with what stands around it}."""
+    base, described = Counter(phrase for phrases in known for phrase in phrases), {}
+    for layer, i in chosen or choose(neurons, known, base, n):
+        fired = neurons[layer, :, i].tolist()
+        places = sorted(range(len(words)), key=lambda t: -fired[t])[:TOP]
+        places = [t for t in places if fired[t] > 0]
+        says = [f"{count} of {len(places)} {phrase} ({base[phrase] / len(words):.1%} of all)"
+                for score, count, phrase in common(known, base, places)[:3]
+                if score > 0 and count > 2]
+        if places and fired[places[0]] == neurons.max():
+            says.insert(0, "the largest of all")
+        around = [range(max(t - 6, 0), min(t + 5, len(words))) for t in places]
+        described[f"{layer}.{i}"] = {
+            "says": "; ".join(says) or "nothing that is counted is common to its top tokens",
+            "tokens": [[[words[t], round(fired[t], 2), t == place] for t in near]
+                       for near, place in zip(around, places)]}
+    return described
 
+
+# ------------------------------------------------------------------------------------------ main
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
@@ -267,53 +222,46 @@ def main(argv=None):
 def study(parser, args):
     gpt, tokenizer = sample.load_run(args.run, "cpu", torch.float32)
     layers, width, longest = gpt.config.n_layer, 4 * gpt.config.n_embd, gpt.config.block_size
-    chosen = []
-    for name in args.neuron:
-        layer, number = map(int, name.split(".") if re.fullmatch(r"\d+\.\d+", name) else (-1, -1))
-        if not (0 <= layer < layers and 0 <= number < width):
-            parser.error(f"there is no neuron {name}: the model has {layers} layers of {width} "
-                         f"neurons, named 0.0 to {layers - 1}.{width - 1}")
-        chosen.append((layer, number))
+    names = {f"{layer}.{i}": (layer, i) for layer in range(layers) for i in range(width)}
+    if unknown := {*args.neuron} - {*names}:
+        parser.error(f"there is no neuron {unknown.pop()}: the model has {layers} layers of "
+                     f"{width} neurons, named 0.0 to {layers - 1}.{width - 1}")
 
     folder = sample.find_run(args.run).parent
-    dataset, meta = args.dataset or "", folder / "meta.json"
-    if not dataset and meta.is_file():
-        dataset = json.loads(meta.read_text(encoding="utf-8")).get("dataset", "")
-    stories = read_stories(dataset, args.stories) if dataset else []
-    own = "" if dataset in (*prepare.SAMPLES, *prepare.SOURCES) else " --input STORIES.txt"
-    lack = (f"Neurons need stories, and the data set {dataset or 'of the run'} is not there. Make "
-            f"it: python prepare.py {dataset or 'mine'}{own}; or name another: --dataset NAME")
-    if not stories and (chosen or args.dataset):
-        raise SystemExit(lack)
-    text = args.text if args.text is not None else stories[0] if stories else PARAGRAPH
-    ids, *told = ([tokenizer.eot_token, *tokenizer.encode_ordinary(t)] for t in (text, *stories))
-    ids = ids if args.text is not None else ids[:min(SHOWN, longest)]
+    dataset = args.dataset or grade.read_meta(folder).get("dataset", "mine")
+    stories, note = read_stories(dataset, args.stories), ""
+    if not stories:
+        note = (f"The stories of {dataset} are not there: it reads one text only. To make them: "
+                f"python prepare.py {dataset} (and --input FILE if they are your own); others: "
+                "--dataset NAME")
+        if args.dataset or args.neuron:
+            raise SystemExit(note)
+        print(note, file=sys.stderr)
+
+    def encode(text):
+        return [tokenizer.eot_token, *tokenizer.encode_ordinary(text)]
+
+    told = [encode(story)[:longest] for story in stories or [PARAGRAPH]]
+    ids = told[0][:SHOWN] if args.text is None else encode(args.text)
     if not 2 <= len(ids) <= longest:
         parser.error(f"--text has {len(ids) - 1} tokens; the model, whose context is {longest}, "
                      f"reads 1 to {longest - 1} after the end mark")
-
-    told = [story[:longest] for story in told] or [ids]
     words, known, neurons, columns = read(gpt, tokenizer, told)
-    maps, table = show_heads(record(gpt, torch.tensor(ids))[1], columns)
-    if stories:
-        drawn = show_neurons(words, known, neurons, chosen, args.neurons)
-    else:
-        print(lack, file=sys.stderr)
-        drawn = html.escape(lack)
-    labels = [html.escape(word.replace("\n", "↵")) for word in spell(tokenizer, ids)]
-    page = string.Template(PAGE.read_text(encoding="utf-8")).substitute(
-        run=html.escape(folder.as_posix()), heads=gpt.config.n_head, maps=maps, table=table,
-        about=f"{layers} layers, each of {gpt.config.n_head} heads and {width} neurons, that read "
-        + (f"{len(stories)} stories of {html.escape(dataset)}." if stories else "the text below."),
-        words="".join(f"<span>{label}</span>" for label in labels), tokens=f"{len(words):,}",
-        labels="".join(f'<text x="-.3" y="{i}.8" text-anchor="end">{label}</text><text transform='
-                       f'"translate({i}.8 -.3) rotate(-90)">{label}</text>'
-                       for i, label in enumerate(labels)),
-        columns="".join(f"<li><b>{name}</b>: {what}</li>" for name, what in COLUMNS.items()),
-        neurons=drawn, top=TOP)
-    out = folder / "inside.html"
-    prepare.write_whole(out, lambda file: file.write(page.encode()))
-    print(f"\nOpen {out.as_posix()} in a browser.")
+    heads, table = describe_heads(record(gpt, torch.tensor(ids))[1], columns)
+    shown = describe_neurons(words, known, neurons, [names[name] for name in args.neuron],
+                             args.neurons)
+    print(table)
+    for name, neuron in shown.items():
+        tops = [word for around in neuron["tokens"] for word, _, top in around if top]
+        print(f"\n{name}: {neuron['says']}\n   ", *(repr(word)[1:-1] for word in tops[:12]))
+    across, about = gpt.config.n_head, f"that read {len(told)} texts, {len(words):,} tokens. {note}"
+    data = {"run": folder.as_posix(), "words": spell(tokenizer, ids), "heads": heads,
+            "across": across, "table": table, "neurons": shown, "about":
+            f"{layers} layers, each of {across} heads and {width} neurons, {about}"}
+    page = (prepare.HERE / "study" / "inside.html").read_text("utf-8")
+    data = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")     # no tag ends it early
+    prepare.write_text(folder / "inside.html", page.replace("DATA", data))
+    print(f"\nOpen {(folder / 'inside.html').as_posix()} in a browser.")
 
 
 if __name__ == "__main__":

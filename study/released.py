@@ -106,11 +106,10 @@ def adopt(name, folder):
             raise ValueError(f"it has {model.config.vocab_size:,} tokens, and {words} "
                              f"{tokenizer.n_vocab:,}; put the right tokenizer.tiktoken there")
         if not meta.exists():               # the text that it has read is not here in its tokens
-            text = json.dumps({
+            prepare.write_text(meta, json.dumps({
                 "dataset": "instruct" if "-Inst" in folder.name else "tinystories",
                 "source": name, "vocab_size": tokenizer.n_vocab, "eot": tokenizer.eot_token,
-                "train": {"tokens": 0}}, indent=1)
-            prepare.write_whole(meta, lambda file: file.write(text.encode()))
+                "train": {"tokens": 0}}, indent=1))
         weights = {"model": model.state_dict(), "model_config": asdict(model.config),
                    "settings": {}, "step": 0, "meta": json.loads(meta.read_text("utf-8"))}
         prepare.write_whole(folder / "ckpt.pt", lambda file: torch.save(weights, file))

@@ -17,11 +17,15 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+
 import grade
 import prepare
 import sample
 import train
-from study.checks import CHECKS, check_run
+from study.checks import EXPLAINED, check_run
 
 CHECKED = 100                       # stories that each checkpoint ends, where they can be checked
 PAPER_TOKENS = 80 * 16 * 512        # of a step
@@ -63,46 +67,23 @@ def find_grades(folder, files):
     return graded, best[0]
 
 
-def draw(path, log, graded, checks, bound):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogLocator
-    panels = 1 + bool(graded) + bool(checks)
-    figure, axes = plt.subplots(1, panels, figsize=(2 + 5 * panels, 4.5), layout="constrained",
-                                squeeze=False, sharex=True)
-    loss, *others = axes[0]
-    for column, style in (("train_loss", "-"), ("val_loss", "o-")):
-        points = [(int(row["step"]), float(row[column])) for row in log if row[column]]
-        if points:
-            loss.plot(*zip(*points), style, label=column.replace("_", " "), markersize=4)
-    if bound:
-        loss.axhline(bound, color="gray", linestyle=":",
-                     label="the grammar's own entropy (whole stories)")
-    loss.set(ylabel="nats per token", ylim=(0, None))
-    if graded:
-        panel, steps = others[0], sorted(graded)
-        for metric in grade.NUMBERS:
-            bounds = [grade.interval(grade.scores(graded[step], metric).values()) for step in steps]
-            mean, low, high = zip(*bounds)
-            panel.errorbar(steps, mean, [[m - a for m, a in zip(mean, low)],
-                                         [b - m for m, b in zip(mean, high)]],
-                           fmt="o-", capsize=3, markersize=4, label=metric)
-        panel.set(ylabel="grade out of ten", ylim=(-0.3, 10.3))
-    if checks:
-        for name in checks[max(checks)]:
-            others[-1].plot(list(checks), [checks[step][name] for step in checks], "o-", label=name,
-                            markersize=4)
-        others[-1].set(ylabel="share of stories that pass", ylim=(-0.03, 1.03))
-    for panel in axes[0]:
-        panel.set(xscale="log", xlabel="step")
-        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panel.xaxis.set_major_formatter("{x:,.0f}")
-        panel.xaxis.set_minor_formatter("")
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize=8, loc="upper right" if panel is loss else "upper left")
-    prepare.write_whole(path, lambda file: figure.savefig(file, dpi=120))
-    plt.close(figure)
+def draw(path, panels):
+    """panels: {what: {curve: points}}; a point is (step, value) or (step, mean, low, high)."""
+    panels = {what: curves for what, curves in panels.items() if curves}
+    figure = Figure(figsize=(2 + 5 * len(panels), 4.5), layout="constrained")
+    axes = figure.subplots(1, len(panels) or 1, squeeze=False, sharex=True)[0]
+    for ax, (what, curves) in zip(axes, panels.items()):
+        for label, points in curves.items():
+            x, y, *bounds = np.array(points).T
+            error = [y - bounds[0], bounds[1] - y] if bounds else None
+            ax.errorbar(x, y, error, fmt=".-", capsize=3, label=label)
+        ax.set(xscale="log", xlabel="step", ylabel=what)
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter("{x:,.0f}")
+        ax.xaxis.set_minor_formatter("")
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    prepare.write_picture(path, figure)
 
 
 def study(args):
@@ -113,46 +94,50 @@ def study(args):
         prompts=None, task="instruct" if dataset.endswith("instruct") else "story"),
         dataset in prepare.SAMPLES)[:3]]
     graded, judge = find_grades(folder, files)
-    loss_at = {int(row["step"]): row for row in log}
+    losses, grades, checks = {}, {}, {}
+    for name in ("train_loss", "val_loss"):
+        if points := [(int(row["step"]), float(row[name])) for row in log if row[name]]:
+            losses[name.replace("_", " ")] = points
     batch = int(log[-1]["tokens"]) // max(int(log[-1]["step"]), 1) if log else 0
-    rows, told, checks = {}, {}, {}
+    rows, told = {}, {}
     for step, file in files.items():
         model, tokenizer = sample.load_run(file, args.device)
         told[step] = sample.tell(model, tokenizer, prompts, temperature=args.temperature,
                                  seed=args.seed, max_new_tokens=args.max_new_tokens)
         print(f"step {step:>6,}: ... {' '.join(told[step][0].split())[:80]}", flush=True)
         row = rows[f"step {step:,}"] = {"tokens": f"{step * batch:,}"}
-        for name in ("train_loss", "val_loss"):
-            loss = loss_at.get(step, {}).get(name)
-            row[name.replace("_", " ")] = f"{float(loss):.3f}" if loss else "-"
-        if step in graded:
-            row |= {name: grade.cell(grade.scores(graded[step], name).values())
-                    for name in grade.NUMBERS}
+        for name in ("train loss", "val loss"):
+            loss = dict(losses.get(name, ())).get(step)
+            row[name] = f"{loss:.3f}" if loss else "-"
+        for name in grade.NUMBERS if step in graded else ():
+            marks = grade.scores(graded[step], name).values()
+            row[name] = grade.cell(marks)
+            grades.setdefault(name, []).append((step, *grade.interval(marks)))
         if dataset == "sample":             # told by our grammar, which can check it
-            checks[step] = check_run(model, tokenizer, CHECKED)
-            row |= {f"checked: {name}": f"{share:.0%}" for name, share in checks[step].items()}
+            for name, share in check_run(model, tokenizer, CHECKED).items():
+                row[f"checked: {name}"] = f"{share:.0%}"
+                checks.setdefault(name, []).append((step, share))
 
-    bound = meta.get("entropy_bound", {}).get("nats_per_token")
-    draw(folder / "when.png", log, graded, checks, bound)
-    notes = [f"The grammar's own entropy: {bound:.3f} nats per token of whole stories."] if bound \
-        else []
+    table, notes = grade.table(rows), []
+    if bound := meta.get("entropy_bound", {}).get("nats_per_token"):
+        notes.append(f"The grammar's own entropy: {bound:.3f} nats per token of whole stories.")
+        losses["the grammar's own (whole stories)"] = [(step, bound) for step in files]
     if checks:
-        notes.append("\n".join(f"* {name}: {' '.join(CHECKS[name].__doc__.split())}"
-                               for name in CHECKS))
-    notes += [f"Grades by {judge}: means and 95 % intervals, without empty stories." if graded else
-              "No judge has graded these checkpoints: python grade.py "
-              f"{(folder / 'ckpt_*.pt').as_posix()} --n 1"]
+        notes.append(EXPLAINED)
+    notes.append(f"Grades by {judge}: means and 95 % intervals, without empty stories." if graded
+                 else "No judge has graded these checkpoints: python grade.py "
+                 f"{(folder / 'ckpt_*.pt').as_posix()} --n 1")
     differs = f"Its steps read {PAPER_TOKENS:,} tokens each, these {batch:,}. " + (
         "Its losses compare as far as its 10,000 tokens are alike." if dataset == "tinystories" else
         f"This text is another one ({dataset}): compare what comes first, not the numbers.")
-    table = grade.table(rows)
     parts = [f"# What {folder.resolve().name} learned when", table, *notes, f"{PAPER} {differs}",
              "![curves](when.png)", f"Told at temperature {args.temperature:g} (seed {args.seed}):"]
     for i, prompt in enumerate(prompts):
         lines = [f"* **{step:,}** ... " + " ".join(told[step][i].split()) for step in files]
         parts += [grade.quote(f"{prompt} ..."), "\n".join(lines).replace("<", "&lt;")]
-    text = "\n\n".join(parts) + "\n"
-    prepare.write_whole(folder / "when.md", lambda file: file.write(text.encode()))
+    prepare.write_text(folder / "when.md", "\n\n".join(parts) + "\n")
+    draw(folder / "when.png", {"nats per token": losses, "grade out of ten": grades,
+                               "share of stories that pass": checks})
     print("\n" + "\n\n".join([table, *notes]) + f"\n\nWhat it said: {folder / 'when.md'}   The "
           f"curves: {folder / 'when.png'}")
 
