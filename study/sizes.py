@@ -17,6 +17,7 @@ import json
 import math
 import shlex
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ import grade
 import prepare
 import sample
 import train
+from model import GPT
 from study.checks import CHECKS, EXPLAINED, check_run
 
 # A grid: the config that it starts from, what it changes there, and the shapes (width, layers,
@@ -64,6 +66,13 @@ def plan(name, changes=()):
             f"--n_embd={width}", f"--n_layer={layers}", f"--n_head={heads}",
             f"--out_dir=out/sizes/{name}/w{width}_l{layers}_h{heads}"]))
     return runs
+
+
+def work(settings):
+    """Operations of a run, about (10,000 tokens are guessed)."""
+    with torch.device("meta"):                          # no memory for the weights
+        model = GPT(train.model_config(settings, 10_000))
+    return model.flops_per_token() * settings.batch_tokens * settings.max_steps
 
 
 def run(settings):
@@ -138,10 +147,11 @@ differ by less than {chance:.0f} points.
 
 ![Wider to the right, deeper downwards](maps.png)
 
-![Every look at every run](frontiers.png)
+![How large for how much compute](frontiers.png)
 
-The black line is the lowest loss for the operations spent: an upper bound, for a run whose learning
-rate has yet to fall looks worse than one that was planned to end there.
+Left, the end of each run, ringed where no smaller model has a lower loss. Right, every look at every
+run; the black line is the lowest loss for the operations spent: an upper bound, for a run whose
+learning rate has yet to fall looks worse than one that was planned to end there.
 """
 
 
@@ -222,23 +232,30 @@ def draw_maps(path, rows):
 
 
 def draw_frontiers(path, rows):
-    """The loss against operations, and the lowest so far."""
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    ax, all_looks = figure.subplots(), []
+    """The loss against parameters, ringed where none smaller has less; and against operations, in
+    black the lowest so far."""
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    ends = {name: [(row["parameters"], row["looks"][-1][1])] for name, row in rows.items()}
+    looks = {name: [tuple(look) for look in row["looks"]] for name, row in rows.items()}
     layers = sorted({row["shape"][1] for row in rows.values()})
-    for name, row in rows.items():
-        color = f"C{layers.index(row['shape'][1])}"                 # as many layers, one color
-        ax.plot(*zip(*row["looks"]), ".-", color=color)
-        ax.annotate(name, row["looks"][-1], (7, 3), fontsize=8, textcoords="offset points")
-        all_looks += map(tuple, row["looks"])
-    operations, losses = zip(*sorted(all_looks))
-    ax.plot(operations, np.minimum.accumulate(losses), "k-", drawstyle="steps-post")
-    ax.set(xscale="log", yscale="log", xlabel="operations of training",
-           ylabel="loss, nats per token")
-    ax.yaxis.set_major_formatter("{x:.2g}")
-    ax.yaxis.set_minor_formatter("{x:.2g}")
-    ax.grid(alpha=0.3, which="both")
-    ax.margins(x=0.12)
+    for ax, what, points in zip(figure.subplots(1, 2), (
+            "parameters without embeddings", "operations of training"), (ends, looks)):
+        for name, row in rows.items():
+            color = f"C{layers.index(row['shape'][1])}"             # as many layers, one color
+            ax.plot(*zip(*points[name]), ".-", color=color)
+            ax.annotate(name, points[name][-1], (7, 3), fontsize=8, textcoords="offset points")
+        across, losses = map(np.array, zip(*sorted(sum(points.values(), []))))
+        lowest = np.minimum.accumulate(losses)
+        if points is ends:
+            first = losses == lowest
+            ax.plot(across[first], losses[first], "o", color="k", fillstyle="none", markersize=12)
+        else:
+            ax.plot(across, lowest, "k-", drawstyle="steps-post")
+        ax.set(xscale="log", yscale="log", xlabel=what, ylabel="loss, nats per token")
+        ax.yaxis.set_major_formatter("{x:.2g}")
+        ax.yaxis.set_minor_formatter("{x:.2g}")
+        ax.grid(alpha=0.3, which="both")
+        ax.margins(x=0.12)
     prepare.write_picture(path, figure)
 
 
@@ -246,8 +263,12 @@ def draw_frontiers(path, rows):
 
 def study(args, changes):
     runs = plan(args.grid, changes)
-    for number, settings in enumerate(runs, 1):
-        print(f"{number} of {len(runs)}, writes {settings.out_dir}/train.txt", flush=True)
+    costs, began, spent = [work(settings) for settings in runs], time.time(), 0.0
+    for number, (settings, cost) in enumerate(zip(runs, costs), 1):
+        left = (sum(costs[number - 1:]) / spent * (time.time() - began) / 60) if spent else 0
+        print(f"{number} of {len(runs)}, " + f"{left:.0f} minutes left, " * bool(left)
+              + f"writes {settings.out_dir}/train.txt", flush=True)
+        spent += 0.0 if (Path(settings.out_dir) / "sizes.json").exists() else cost
         run(settings)
         table = report(runs[:number], args.n)
     if args.grade is not None:
