@@ -35,7 +35,7 @@ from study.checks import CHECKS, EXPLAINED, check_run
 # heads). Half the width and four times the layers are as many parameters.
 GRIDS = {
     "demo": dict(config="config/demo.py",
-                 changes=("--max_steps=1_000", "--eval_interval=200", "--eval_tokens=20_480"),
+                 changes=("--max_steps=750", "--eval_interval=150", "--eval_tokens=20_480"),
                  shapes=[(width, layers, width // 16)
                          for width in (32, 64, 128) for layers in (1, 2, 4)]),
     "paper": dict(config="config/tiny_8l.py", changes=("--micro_batch=32",),
