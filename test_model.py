@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -1691,7 +1692,7 @@ def test_a_grid_is_trained_once_and_reported(data, tmp_path, monkeypatch, capsys
 
 # ------------------------------------------------------------------------------------- the commands
 
-def test_from_stories_to_a_story(data, tmp_path):
+def test_from_stories_to_a_story(data, tmp_path, capsys):
     """prepare, train, sample: the real commands, from another working directory."""
     (tmp_path / "tiny.py").write_text(
         "n_layer, n_head, n_embd, block_size = 2, 2, 32, 64\nbatch_tokens = 512\nmax_steps = 6\n"
@@ -1705,22 +1706,26 @@ def test_from_stories_to_a_story(data, tmp_path):
     moved = out.rename(tmp_path / "moved")
     model, tokenizer = sample.load_run(moved, "cpu")
     assert model.config.vocab_size == tokenizer.n_vocab and not model.training
-    one, again = (script("sample.py", moved, "--prompt", "Tom é", "--seed", "1", check=0).stdout
-                  for _ in "12")
+
+    def told(*arguments):                                   # the same, without starting anew
+        capsys.readouterr()
+        sample.main([*map(str, arguments), "--device", "cpu", "--max_new_tokens", "9"])
+        return capsys.readouterr().out
+
+    one, again = (told(moved, "--prompt", "Tom é", "--seed", "1") for _ in "12")
     assert one == again and one.startswith("Tom é") and "<|endoftext|>" not in one
-    several = script("sample.py", moved, "-n", "3", "--max_new_tokens", "5", check=0).stdout
-    assert several.count("-" * 40) == 3
-    table = script("sample.py", moved, moved / "ckpt_000006.pt", "--prompt", "A", check=0).stdout
+    assert told(moved, "-n", "3").count("-" * 40) == 3
+    table = told(moved, moved / "ckpt_000006.pt", "--prompt", "A")
     assert [line.count(" | ") for line in table.strip().split("\n")] == [2, 2, 2]
-    asked = script("sample.py", moved, "--words", "quit,oak", "--features", "Dialogue", check=0)
-    assert asked.stdout.startswith("Features: Dialogue\nWords: quit, oak\nStory:")
+    asked = told(moved, "--words", "quit,oak", "--features", "Dialogue")
+    assert asked.startswith("Features: Dialogue\nWords: quit, oak\nStory:")
     talk = script("sample.py", moved, "--prompt", "-", "--max_new_tokens", "3", check=0,
                   input="Hello\nTwo\n\n")
     assert talk.stdout.startswith("Hello") and "\nTwo" in talk.stdout
 
 
-def test_the_notebook_runs_from_top_to_bottom_and_again(data, tmp_path, monkeypatch):
-    """Its cells as Colab runs them: a line that begins with ! goes to the shell."""
+def test_the_notebook_runs_from_top_to_bottom_and_again(data, tmp_path, monkeypatch, capsys):
+    """Its cells as Colab runs them, but what ! would give to the shell runs in this process."""
     notebook = json.loads((HERE / "study" / "colab.ipynb").read_text(encoding="utf-8"))
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
@@ -1732,10 +1737,10 @@ def test_the_notebook_runs_from_top_to_bottom_and_again(data, tmp_path, monkeypa
 
     def shell(command):
         if command.startswith("python"):                    # not pip, nor git
-            done = subprocess.run(command.replace("python", sys.executable, 1), shell=True,
-                                  capture_output=True, text=True, encoding="utf-8", timeout=300)
-            assert done.returncode == 0, command + done.stderr
-            said.append(done.stdout)
+            _, name, *arguments = shlex.split(command)
+            capsys.readouterr()
+            {"train.py": train, "sample.py": sample}[name].main(arguments)
+            said.append(capsys.readouterr().out)
 
     for _ in "12":
         names = {"shell": shell}
