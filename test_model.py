@@ -1729,7 +1729,7 @@ def test_the_notebook_runs_from_top_to_bottom_and_again(data, tmp_path, monkeypa
     notebook = json.loads((HERE / "study" / "colab.ipynb").read_text(encoding="utf-8"))
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
-    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(version_info=(9, 0)))
     monkeypatch.setitem(sys.modules, "IPython.display", types.SimpleNamespace(Image=Path))
     monkeypatch.setitem(sys.modules, "google", None)        # not on Colab
     monkeypatch.chdir(HERE / "study")
