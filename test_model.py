@@ -1660,6 +1660,17 @@ def test_a_check_finds_the_fault_it_is_for(stories, check, right, wrong):
     assert len(found) == 40 and sum(found) > 20     # what is not bound may change
 
 
+def test_required_words_are_looked_for(monkeypatch):
+    def tells(model, tokenizer, heads, **_):                # the words of each second head
+        assert all(head.endswith("\nStory:") and "Words: " in head for head in heads)
+        return [head * (i % 2) for i, head in enumerate(heads)]
+
+    monkeypatch.setattr(sample, "tell", tells)
+    found = checks.obeys(None, None, 20)
+    assert len(found) == 20 and all(len(asked) == 3 for asked, _ in found)
+    assert [had for _, had in found] == [asked * (i % 2) for i, (asked, _) in enumerate(found)]
+
+
 def test_a_grid_is_trained_once_and_reported(data, tmp_path, monkeypatch, capsys):
     shutil.copytree(data, tmp_path / "set")
     meta = json.loads((data / "meta.json").read_text()) | {"dataset": "sample"}

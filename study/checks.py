@@ -1,6 +1,7 @@
 """Are a model's stories right? For stories that our own grammar tells, no judge is needed.
 
     python -m study.checks out/demo             # a quarter of a minute on two CPU cores
+    python -m study.checks out/demo_instruct    # are the words there that it was asked for?
 
 The grammar tells stories that are not in the sample (prepare.py); the model gets the first scene of
 each and ends it. What must be true of the ending can then be read off the plot, exactly: the true
@@ -11,6 +12,7 @@ import argparse
 import random
 import re
 
+import grade
 import prepare
 import sample
 
@@ -164,6 +166,18 @@ def check_run(model, tokenizer, n):
     return share(held_out(n), endings(model, tokenizer, held_out(n)))
 
 
+def obeys(model, tokenizer, n, seed=0, temperature=1.0):
+    """Let a model of sample-instruct tell n held-out records that ask for words -> the words that
+    each was asked for, and those of them that stand in its story."""
+    records = (story.record().partition("\nStory:") for story in held_out(4 * n))
+    asked = [(head, re.search("(?m)^Words: (.*)", head)) for head, *_ in records]
+    asked = [(f"{head}\nStory:", words[1].split(", ")) for head, words in asked if words][:n]
+    told = sample.tell(model, tokenizer, [head for head, _ in asked], max_new_tokens=2 * LONGEST,
+                       temperature=temperature, seed=seed)
+    return [(words, [word for word in words if re.search(rf"\b{re.escape(word)}", text)])
+            for (_, words), text in zip(asked, told)]
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -178,6 +192,17 @@ def main(argv=None):
 
 
 def study(args):
+    dataset = grade.read_meta(sample.find_run(args.run).parent).get("dataset", "")
+    if dataset.startswith("sample-instruct"):
+        found = obeys(*sample.load_run(args.run), args.n, args.seed, args.temperature)
+        words, there = (sum(map(len, column)) for column in zip(*found))
+        whole = sum(len(asked) == len(had) for asked, had in found)
+        print(f"{there / words:.0%} of {words} required words stand in {len(found)} stories; "
+              f"{whole / len(found):.0%} of the stories have all of theirs")
+        return
+    if dataset != "sample":
+        raise SystemExit(f"{args.run} has learned from {dataset or 'unknown stories'}; only those of "
+                         "our own grammar (sample, sample-instruct) can be checked.")
     stories = held_out(args.n)
     told = endings(*sample.load_run(args.run), stories, args.seed, args.temperature)
     for check, passed in share(stories, told).items():
