@@ -222,7 +222,7 @@ def read_prompts(args, sample=False):
             fields = [f"{name}: {row[name]}" for name in row if name in prepare.FIELDS]
             rows.append({**row, "prompt": "\n".join(fields + ["Story:"])} if fields else row)
     else:
-        with open(path, encoding="utf-8", errors="replace") as file:
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
             text = file.read(1 << 20)
         for story in map(str.strip, text.split(prepare.MARK)[1:-1][:50]):   # of a data set
             if cut := re.compile(r"\s").search(story, 2 * len(story) // 5):
@@ -243,9 +243,10 @@ def read_prompts(args, sample=False):
 def read_meta(folder):
     """What a run knows about its data, or {} if that is missing or damaged."""
     try:
-        return json.loads((folder / "meta.json").read_text("utf-8"))
+        meta = json.loads((folder / "meta.json").read_text("utf-8"))
     except (OSError, ValueError):
-        return {}
+        meta = {}
+    return meta if isinstance(meta, dict) else {}
 
 
 def complete(path, args, judge):

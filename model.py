@@ -66,7 +66,7 @@ def make_norm(config):
 def rotary_table(length, D):
     """Cosines and sines of the angles by which a position turns each pair of a head's numbers
     (arXiv 2104.09864) -> (2, length, D). The halves of a head are the two sides of its pairs."""
-    speed = 10_000.0 ** (-torch.arange(0, D, 2).float() / D)        # one radian a token to almost none
+    speed = 10_000.0 ** (-torch.arange(0, D, 2).float() / D)    # one radian a token to almost none
     angle = torch.arange(length).float()[:, None] * speed       # (length, D / 2)
     cos, sin = angle.cos(), angle.sin()
     return torch.stack((torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)))

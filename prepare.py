@@ -36,6 +36,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 GRAMMAR = HERE / "data" / "grammar.txt"
 MARK = "<|endoftext|>"      # stands between stories in the text files, and is one token
+PACKED = b"\x1f\x8b", b"PK\3\4", b"PAR1", b"BZh", b"\xff\xfe", b"\xfe\xff"    # or UTF-16
 PIECE = 4 << 20             # bytes read at a time
 LONGEST = 64 << 20          # bytes of the longest story that we take
 COUNTED = 100 << 20         # bytes of text from which a tokenizer is made
@@ -67,8 +68,9 @@ SAMPLE_STORIES = {"val": 1_000, "train": 30_000}
 def command(work, *arguments, folder=HERE):
     """Do the work of a script, which writes into a folder, and leave with the exit code that it
     returns. Whatever can come in its way from outside ends in a sentence."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")    # a console that lacks a character shows a ?
+    for stream in (sys.stdout, sys.stderr):     # a console that lacks a character shows a ?
+        if hasattr(stream, "reconfigure"):      # a notebook's needs none
+            stream.reconfigure(errors="replace")
     try:
         code = work(*arguments)
         sys.stdout.flush()
@@ -149,8 +151,8 @@ def read_grammar(path):
     torn = [name for name, (_, _, ways) in rules.items() for way in ways
             if not way or way.count("{") != way.count("}")]
     if torn:
-        raise SystemExit(f"{path}: a way of the rule {torn[0]!r} is empty, or cut in a brace (inside "
-                         "{...}, no blanks around |).")
+        raise SystemExit(f"{path}: a way of the rule {torn[0]!r} is empty, or cut in a brace "
+                         "(inside {...}, no blanks around |).")
     for plot in plots or [{"name": "(none)"}]:
         for key in ("words", "summary", "scenes"):
             if not plot.get(key):
@@ -235,6 +237,11 @@ def write_record(text, choose, values):
     order = choose([order for order in FIELD_ORDERS if all(map(values.get, order))])
     fields = "\n".join(f"{field}: {values[field]}" for field in order)
     return f"{fields}\nStory: \n\n{text}"
+
+
+def sample_text():
+    """What the sample is told by: when it changes, the sample must be told anew."""
+    return [file_sha256(GRAMMAR), SAMPLE_STORIES]
 
 
 def tell_sample(folder, instruct):
@@ -388,7 +395,7 @@ def clean(story, counts):
     try:
         text = story.decode("utf-8")
     except UnicodeDecodeError:
-        counts["repaired: not UTF-8"] += 1
+        counts["lost characters: not UTF-8"] += 1
         text = story.decode("utf-8", errors="replace")
     if "â€" in text:
         counts["repaired: double-encoded quotes"] += 1
@@ -599,7 +606,7 @@ def prepare(name, input=None, valid=None, tokenizer=None, vocab_size=None, keep_
     vocab_size = vocab_size or (2_048 if base in SAMPLES else 10_000)
     own = {split: Path(path) for split, path in (("val", valid), ("train", input)) if path}
     text = [file_sha256(path) for path in own.values()] or (
-        [file_sha256(GRAMMAR), SAMPLE_STORIES] if base in SAMPLES else SOURCES[base][1])
+        sample_text() if base in SAMPLES else SOURCES[base][1])
     asked = {"text": text, "tokenizer": kind, "vocab_size_asked": vocab_size,
              "keep_duplicates": keep_duplicates}
     try:
@@ -607,7 +614,7 @@ def prepare(name, input=None, valid=None, tokenizer=None, vocab_size=None, keep_
         differ = [key for key in asked if meta[key] != asked[key]]
         whole = all((folder / f"{split}.bin").stat().st_size == 2 * meta[split]["tokens"]
                     for split in ("train", "val"))
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         differ, whole = [], False
     if whole and not force:
         if differ:
@@ -637,8 +644,8 @@ def prepare(name, input=None, valid=None, tokenizer=None, vocab_size=None, keep_
         paths, meta["source"] = own, "own text"
         for path in own.values():
             with open(path, "rb") as file:
-                if file.read(4).startswith((b"\x1f\x8b", b"PK\3\4", b"PAR1", b"BZh")):
-                    raise SystemExit(f"{path} is packed; unpack it, or turn it into plain text.")
+                if file.read(4).startswith(PACKED):
+                    raise SystemExit(f"{path} is packed, or UTF-16; make it plain text in UTF-8.")
     meta["files"] = {split: {"name": path.name, "sha256": file_sha256(path)}
                      for split, path in paths.items()}
 
@@ -695,8 +702,8 @@ def main(argv=None):
     if base not in known and not args.input:
         near = difflib.get_close_matches(args.name, known, n=1)
         hint = f"did you mean {near[0]}? F" if near else "f"
-        parser.error(f"{args.name!r} is none of {', '.join(known)}; {hint}or a text of your own add "
-                     "--input FILE")
+        parser.error(f"{args.name!r} is none of {', '.join(known)}; {hint}or a text of your own "
+                     "add --input FILE")
     for path in (args.input, args.valid):
         if path and not os.path.isfile(path):
             parser.error(f"{path} is no file (it is missing, or a folder)")

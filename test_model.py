@@ -819,6 +819,23 @@ def test_weights_of_another_model_py_are_refused_in_words(data, tmp_path):
         train.train(settings(data, tmp_path, "--max_steps=2"))
 
 
+def test_a_run_survives_what_happens_to_its_files(data, tmp_path, straight, monkeypatch):
+    shutil.copytree(data, tmp_path / "set")
+    step_of = train.get_batch
+
+    def renew_at_7(stream, T, rows, *how):
+        if rows[0] == 7 * 8:                                # another prepare.py takes its place
+            prepare.write_whole(tmp_path / "set" / "train.bin", lambda file: file.write(b"no"))
+        return step_of(stream, T, rows, *how)
+
+    monkeypatch.setattr(train, "get_batch", renew_at_7)
+    train.train(settings(tmp_path / "set", tmp_path / "run"))
+    assert same(result(tmp_path / "run"), straight)
+    (tmp_path / "run" / "log.csv").write_text("step;tokens\n1;2\n")        # by a spreadsheet
+    with pytest.raises(SystemExit, match="spreadsheet"):
+        train.read_log(tmp_path / "run" / "log.csv")
+
+
 def test_a_loss_that_is_not_finite_saves_nothing(data, tmp_path, monkeypatch):
     loss = GPT.loss
     monkeypatch.setattr(GPT, "loss", lambda self, x, y: loss(self, x, y) * math.nan)
@@ -843,7 +860,8 @@ def test_configs_and_overrides(tmp_path):
         assert loaded.out_dir == f"out/{path.stem}"
         train.model_config(loaded, 10_000)
         assert path.read_text().startswith('"""') and len(path.read_text().splitlines()) <= 25
-    (tmp_path / "c.py").write_text("n_layer = 3\nlearning_rate = 1\n")
+    (tmp_path / "c.py").write_text("import math\n_rows = 3\nn_layer = _rows\nlearning_rate = 1\n"
+                                   "def double(x):\n    return 2 * x\n")      # may help itself
     loaded = train.load_config([str(tmp_path / "c.py"), "--n_layer=5", "--compile=True"])
     assert (loaded.n_layer, loaded.learning_rate, loaded.compile) == (5, 1.0, True)
     (tmp_path / "c.py").write_text("n_layers = 3\n")
@@ -1867,7 +1885,8 @@ train.py --max_steps=-1                                 2  negative
 train.py --seed=-1                                      2  negative
 train.py --log_interval=0                               2  more than 0
 train.py --decay=2                                      2  between 0 and 1
-train.py --momentum=-1                                  2  between 0 and 1
+train.py --momentum=1                                   2  between 0 and 0.9999
+train.py --seed=99999999999999999999                    2  nor beyond bounds
 train.py syntax.py                                      2  SyntaxError
 train.py crash.py                                       2  ZeroDivisionError
 train.py typo.py                                        2  did you mean n_layer

@@ -18,6 +18,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -138,24 +139,25 @@ def load_config(argv):
                 wrong(f"there is no config file {arg}" + (f"; did you mean {near[0]}?" if near else
                       ". Settings are written --name=value, without spaces"))
             try:
-                exec(compile(path.read_text(encoding="utf-8"), arg, "exec"), namespace)
+                exec(compile(path.read_text(encoding="utf-8-sig"), arg, "exec"), namespace)
             except Exception as error:
                 wrong(f"{arg}: {type(error).__name__}: {error}")
-            for key, value in namespace.items():
-                if not key.startswith("__"):
+            for key, value in namespace.items():        # what it imports and _calls may help it
+                if not (key[0] == "_" or inspect.ismodule(value) or callable(value)):
                     put(key, value, arg)
             name = path.stem
-    settings = Settings(**{"out_dir": f"out/{name}", **values})
+    settings = Settings(**values)
+    settings.out_dir = settings.out_dir or f"out/{name}"
     for key in ("learning_rate", "batch_tokens", "block_size", "log_interval"):
         if not 0 < getattr(settings, key) < math.inf:
             wrong(f"{key} is {getattr(settings, key)}; it must be more than 0, and finite")
     for key in ("warmup_steps", "max_steps", "eval_interval", "eval_tokens", "save_interval",
                 "micro_batch", "grad_clip", "weight_decay", "seed"):
-        if not 0 <= getattr(settings, key) < math.inf:
-            wrong(f"{key} is {getattr(settings, key)}; it must not be negative")
-    for key in ("decay", "final_lr", "momentum", "beta2"):
-        if not 0 <= getattr(settings, key) <= 1:
-            wrong(f"{key} is {getattr(settings, key)}; it must lie between 0 and 1")
+        if not 0 <= getattr(settings, key) < 1 << 62:
+            wrong(f"{key} is {getattr(settings, key)}; it must not be negative, nor beyond bounds")
+    for key, end in (("decay", 1), ("final_lr", 1), ("momentum", 0.9999), ("beta2", 0.9999)):
+        if not 0 <= getattr(settings, key) <= end:
+            wrong(f"{key} is {getattr(settings, key)}; it must lie between 0 and {end}")
     model_config(settings, vocab_size=1)                # are its sizes possible?
     if settings.batch_tokens % settings.block_size:
         wrong(f"batch_tokens {settings.batch_tokens} is not a multiple of block_size "
@@ -228,7 +230,7 @@ def get_batch(path, block_size, rows, seed, eot=0, mark=()):
     training -> x, y (len(rows), block_size) int64; y is x one token later (see `targets`). An epoch
     shuffles the windows and moves their edges; within it each token is a target once, but for up to
     two windows at the ends. A function of its arguments alone: a resumed run needs nothing else."""
-    data = np.memmap(path, dtype=np.uint16, mode="r")   # opened anew: its pages are let go again
+    data = np.memmap(path, dtype=np.uint16, mode="r")   # anew: the pages before are let go again
     windows = len(data) // block_size - 1
     x, y = np.empty((2, len(rows), block_size), dtype=np.int64)
     for i, row in enumerate(rows):
@@ -244,7 +246,7 @@ def validation(path, meta, block_size, eval_tokens, rows, mark=()):
     """Two views of the same validation text, each a list of batches x, y of at most `rows` rows:
     windows of the stream, which can be compared with other runs; and whole stories, each read
     from its own beginning (cut at block_size), as it is when one is told."""
-    data = np.fromfile(path, dtype=np.uint16, count=eval_tokens + 1 if eval_tokens else -1)
+    data = np.fromfile(path, dtype=np.uint16)[:eval_tokens + 1 if eval_tokens else None]
     data, eot = data.astype(np.int64), meta["eot"]
     n = (len(data) - 1) // block_size * block_size
     if n <= 0:
@@ -417,8 +419,13 @@ COLUMNS = ["step", "tokens", "seconds", "train_loss", "val_loss", "val_bpb", "lr
 
 
 def read_log(path):
-    with open(path, newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if None not in row.values()]
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        reader = csv.DictReader(file)
+        rows = [row for row in reader if None not in row.values()]
+    if reader.fieldnames != COLUMNS:
+        raise SystemExit(f"{path} is not as train.py wrote it (has a spreadsheet saved it?). Move "
+                         "it away, and give the same command again.")
+    return rows
 
 
 def write_log(path, rows):
@@ -458,7 +465,7 @@ def take_up(settings, folder, meta):
         return None
     try:
         checkpoint = read_checkpoint(path)
-        old, old_meta = checkpoint["settings"], checkpoint["meta"]
+        old, old_meta, _ = (checkpoint[key] for key in ("settings", "meta", "optimizers"))
     except Exception as error:              # a damaged file can raise nearly anything
         raise SystemExit(f"{path} cannot be read ({type(error).__name__}: {str(error)[:80]}). "
                          "Move it away, or begin anew with --overwrite=True.")
@@ -521,6 +528,7 @@ def train(settings):
     if not any((y >= 0).any() for _, y in windows):
         raise SystemExit(f"{data} has no instructions (no line begins with Story:), so story_only "
                          "has nothing to count.")
+    stream = open(data / "train.bin", "rb")             # stays what it is, if it is made anew
     tokenizer = prepare.load_tokenizer(data)
     bits = bits_per_byte(windows, tokenizer)
     whole = all((y == meta["eot"]).any(dim=1).all() for _, y in stories)     # none is cut
@@ -561,14 +569,14 @@ def train(settings):
         step, seconds, loss_steps = (checkpoint[key] for key in ("step", "seconds", "loss_steps"))
         loss_sum += checkpoint["loss_sum"].to(device)
     if world > 1 and largest(step, device) != step:
-        raise SystemExit(f"{folder} is at step {step} here, and further on another machine: let them "
-                         "share the folder, or copy it.")
+        raise SystemExit(f"{folder} is at step {step} here, and further on another machine: let "
+                         "them share the folder, or copy it.")
     log = [row for row in read_log(folder / "log.csv") if int(row["step"]) <= step] \
         if checkpoint and (folder / "log.csv").exists() else []
     if rank == 0:
         write_log(folder / "log.csv", log)
         for name in ("tokenizer.tiktoken", "meta.json"):
-            shutil.copyfile(data / name, folder / name)
+            prepare.write_text(folder / name, (data / name).read_text(encoding="utf-8"))
     compiled = device.type == "cuda" if settings.compile is None else settings.compile
     compiled = compiled and can_compile(device)
     loss_of = torch.compile(model.loss) if compiled else model.loss
@@ -582,6 +590,9 @@ def train(settings):
     say(f"twenty tokens a parameter (arXiv 2203.15556): {20 * model.count_parameters():,} tokens; "
         f"this data's {meta['train']['tokens']:,} feed a model of "
         f"{meta['train']['tokens'] // 20:,} parameters")
+    if settings.dataset in prepare.SAMPLES and meta.get("text") != prepare.sample_text():
+        say(f"data/grammar.txt has changed since {data} was told by it. To tell it anew: "
+            f"python prepare.py {settings.dataset} --force")
     if twins := meta.get("counts", {}).get("kept: also in validation"):
         say(f"{twins:,} stories of the training text stand in validation, too: its loss flatters.")
 
@@ -650,8 +661,8 @@ def train(settings):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * lr_share(settings, step)
-        batch = get_batch(data / "train.bin", T, range(step * rows, (step + 1) * rows),
-                          settings.seed, meta["eot"], mark)             # of all ranks
+        batch = get_batch(stream, T, range(step * rows, (step + 1) * rows), settings.seed,
+                          meta["eot"], mark)                            # of all ranks
         asked = int((batch[1] >= 0).sum())
         for i in range(rank * rows // world, (rank + 1) * rows // world, micro):
             x, y = (ids[i:i + micro] for ids in batch)
@@ -719,8 +730,8 @@ def main(argv=None):
         return
     try:
         prepare.command(train, load_config(argv))
-    except RuntimeError as error:
-        if "out of memory" not in str(error) and "can't allocate" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not re.search("out of memory|can't allocate|Unable to allocate", str(error)):
             raise
         raise SystemExit(f"The memory does not suffice ({str(error).splitlines()[0][:100]}). Read "
                          "fewer rows at a time: --micro_batch=16, then 4. It changes no result.")

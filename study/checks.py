@@ -201,8 +201,8 @@ def study(args):
               f"{whole / len(found):.0%} of the stories have all of theirs")
         return
     if dataset != "sample":
-        raise SystemExit(f"{args.run} has learned from {dataset or 'unknown stories'}; only those of "
-                         "our own grammar (sample, sample-instruct) can be checked.")
+        raise SystemExit(f"{args.run} has learned from {dataset or 'unknown stories'}; only those "
+                         "of our own grammar (sample, sample-instruct) can be checked.")
     stories = held_out(args.n)
     told = endings(*sample.load_run(args.run), stories, args.seed, args.temperature)
     for check, passed in share(stories, told).items():

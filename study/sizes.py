@@ -149,9 +149,9 @@ differ by less than {chance:.0f} points.
 
 ![How large for how much compute](frontiers.png)
 
-Left, the end of each run, ringed where no smaller model has a lower loss. Right, every look at every
-run; the black line is the lowest loss for the operations spent: an upper bound, for a run whose
-learning rate has yet to fall looks worse than one that was planned to end there.
+Left, the end of each run, ringed where no smaller model has a lower loss. Right, every look at
+every run; the black line is the lowest loss for the operations spent: an upper bound, for a run
+whose learning rate has yet to fall looks worse than one that was planned to end there.
 """
 
 

@@ -37,7 +37,7 @@ PAPER = ("The paper (Figure 3: width 768, TinyStories, constant learning rate): 
 
 def kept(folder):
     """The checkpoints that a run has kept, in order -> {step: file}."""
-    files = {int(re.search(r"\d+", file.stem)[0]): file for file in folder.glob("ckpt_*.pt")}
+    files = {int(re.search(r"\d+", file.stem)[0]): file for file in folder.glob("ckpt_[0-9]*.pt")}
     if not files:
         if not (folder / "ckpt.pt").is_file():
             sample.load_run(folder)                         # says what is missing
