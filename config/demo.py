@@ -2,7 +2,8 @@
 
     python train.py config/demo.py
 
-Four minutes on two CPU cores: 0.286 nats per token of whole stories; the grammar's own: 0.270.
+Four minutes on two CPU cores with bfloat16: 0.286 nats per token of whole stories; the grammar's
+own: 0.270. Without bfloat16 it takes about five times as long, and ends at the same loss.
 """
 dataset = "sample"
 n_layer, n_head, n_embd, block_size = 3, 6, 192, 256

@@ -2,6 +2,9 @@
 
     python train.py config/demo_instruct.py
     python sample.py out/demo_instruct --words "find, boat, red"
+
+82 % of the words that it is asked for stand in its stories (python -m study.checks
+out/demo_instruct). An hour on one busy core without bfloat16.
 """
 dataset = "sample-instruct"
 story_only = True               # what is asked for is given, not to be guessed
