@@ -65,7 +65,7 @@ SAMPLES = {"sample": False, "sample-instruct": True}    # by the grammar; True: 
 SAMPLE_STORIES = {"val": 1_000, "train": 30_000}
 
 
-def command(work, *arguments, folder=HERE):
+def command(work, *arguments, folder=None):
     """Do the work of a script, which writes into a folder, and leave with the exit code that it
     returns. Whatever can come in its way from outside ends in a sentence."""
     for stream in (sys.stdout, sys.stderr):     # a console that lacks a character shows a ?
@@ -84,8 +84,9 @@ def command(work, *arguments, folder=HERE):
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise SystemExit(f"Cannot read or write {error.filename}: {error.strerror}.")
-        raise SystemExit(f"The disk is full: {shutil.disk_usage(folder).free / 1e6:,.1f} MB are "
-                         f"free in {folder}. Make room and run the same command again.")
+        free = f": {shutil.disk_usage(folder).free / 1e6:,.1f} MB are free in {folder}" \
+            if folder and folder.is_dir() else ""
+        raise SystemExit(f"The disk is full{free}. Make room and run the same command again.")
     if code:
         raise SystemExit(code)
 

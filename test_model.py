@@ -805,7 +805,11 @@ def test_another_run_is_not_overwritten(data, tmp_path, straight):
     train.train(settings(data, tmp_path, "--max_steps=4", "--resume=True"))
     assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"] == 4
     (tmp_path / "ckpt_000099.pt").touch()
+    (tmp_path / "ckpt.pt").rename(tmp_path / "ckpt_best.pt")    # is the user's own
+    with pytest.raises(SystemExit, match="--overwrite=True"):   # others are still there
+        train.train(settings(data, tmp_path))
     train.train(settings(data, tmp_path, "--overwrite=True"))
+    assert (tmp_path / "ckpt_best.pt").exists()
     assert same(result(tmp_path), straight) and not (tmp_path / "ckpt_000099.pt").exists()
 
 

@@ -461,14 +461,14 @@ def draw_loss(folder, bound=None):
 def take_up(settings, folder, meta):
     """What to do with a run that is already in out_dir -> its checkpoint, or None to begin."""
     path = folder / "ckpt.pt"
-    if settings.overwrite or not path.exists():
+    if settings.overwrite or not (path.exists() or [*folder.glob("ckpt_[0-9]*.pt")]):
         return None
     try:
         checkpoint = read_checkpoint(path)
         old, old_meta, _ = (checkpoint[key] for key in ("settings", "meta", "optimizers"))
     except Exception as error:              # a damaged file can raise nearly anything
         raise SystemExit(f"{path} cannot be read ({type(error).__name__}: {str(error)[:80]}). "
-                         "Move it away, or begin anew with --overwrite=True.")
+                         "Choose another --out_dir, or begin anew with --overwrite=True.")
     new = asdict(settings)
     differ = {key: f"{key} ({old.get(key)} there, {new[key]} here)" for key in new
               if old.get(key) != new[key] and key not in ("resume", "overwrite", "out_dir")}
@@ -539,7 +539,7 @@ def train(settings):
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = take_up(settings, folder, meta)
     if settings.overwrite and rank == 0:
-        for old in folder.glob("ckpt*.pt"):
+        for old in (*folder.glob("ckpt.pt"), *folder.glob("ckpt_[0-9]*.pt")):
             old.unlink()
     if checkpoint and checkpoint["step"] >= settings.max_steps:
         say(f"{folder} is finished: {checkpoint['step']} steps. A story: python sample.py {folder}"
