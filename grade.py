@@ -219,8 +219,8 @@ def read_prompts(args, sample=False):
             rows.append({"prompt": re.sub(r"(?m)^  ", "", block)})
     elif args.task != "story":
         for row in read_lines(path):
-            fields = [f"{name}: {row[name]}" for name in row if name in prepare.FIELDS]
-            rows.append({**row, "prompt": "\n".join(fields + ["Story:"])} if fields else row)
+            asked = {name: text for name, text in row.items() if name in prepare.FIELDS}
+            rows.append({**row, "prompt": prepare.instructions(asked)} if asked else row)
     else:
         with open(path, encoding="utf-8-sig", errors="replace") as file:
             text = file.read(1 << 20)

@@ -62,12 +62,13 @@ SOURCES = {
         "train": ("TinyStories-Instruct-train.txt", None, None)}),
 }
 SAMPLES = {"sample": False, "sample-instruct": True}    # by the grammar; True: with fields
+SOURCES["instruct-ood"], SAMPLES["sample-instruct-ood"] = SOURCES["instruct"], True
 SAMPLE_STORIES = {"val": 1_000, "train": 30_000}
 
 
 def command(work, *arguments, folder=None):
-    """Do the work of a script, which writes into a folder, and leave with the exit code that it
-    returns. Whatever can come in its way from outside ends in a sentence."""
+    """Do the work of a script and leave with the exit code that it returns. Whatever can come in
+    its way from outside ends in a sentence. folder: what it writes into, where there is but one."""
     for stream in (sys.stdout, sys.stderr):     # a console that lacks a character shows a ?
         if hasattr(stream, "reconfigure"):      # a notebook's needs none
             stream.reconfigure(errors="replace")
@@ -83,7 +84,8 @@ def command(work, *arguments, folder=None):
         code = 141
     except OSError as error:
         if error.errno != errno.ENOSPC:
-            raise SystemExit(f"Cannot read or write {error.filename}: {error.strerror}.")
+            what = f"Cannot read or write {error.filename}: " if error.filename else ""
+            raise SystemExit(f"{what}{error.strerror or error}.")
         free = f": {shutil.disk_usage(folder).free / 1e6:,.1f} MB are free in {folder}" \
             if folder and folder.is_dir() else ""
         raise SystemExit(f"The disk is full{free}. Make room and run the same command again.")
@@ -228,6 +230,11 @@ class Story:
             "Summary": self.tell(self.plot["summary"])})
 
 
+def instructions(values):
+    """What asks for a story, in the layout of TinyStories-Instruct. values: {field: text}."""
+    return "\n".join([*(f"{field}: {text}" for field, text in values.items()), "Story:"])
+
+
 def write_record(text, choose, values):
     """A story as TinyStories-Instruct has it: some fields in some order, then the story. choose: of
     a list; values: {field: text, or "" if there is none}, but for the random sentence."""
@@ -236,8 +243,7 @@ def write_record(text, choose, values):
              len(re.findall('["“”]', one)) % 2 == 0]
     values = {**values, "Random sentence": choose(whole or [""])}
     order = choose([order for order in FIELD_ORDERS if all(map(values.get, order))])
-    fields = "\n".join(f"{field}: {values[field]}" for field in order)
-    return f"{fields}\nStory: \n\n{text}"
+    return f"{instructions({field: values[field] for field in order})} \n\n{text}"
 
 
 def sample_text():
@@ -591,23 +597,25 @@ def encode(paths, encoding, folder, keep_duplicates=False, ood=False, threads=No
                     stats[target]["stories"] += len(rows)
                     stats[target]["tokens"] += len(ids)
                     stats[target]["bytes"] += sum(len(story.encode()) for story in chosen[target])
+    counts = {what: n for what, n in counts.items() if n}
     for split, found in stats.items():
         if not found["tokens"]:
-            raise SystemExit(f"{' and '.join(map(str, paths.values()))}: nothing left for {split}. "
-                             f"Put a line {MARK} between stories (a few hundred of them at least), "
-                             "or name a validation file with --valid.")
-    return stats, {what: n for what, n in counts.items() if n}
+            why = ", ".join(f"{what}: {n:,}" for what, n in counts.items())
+            raise SystemExit(f"{' and '.join(map(str, paths.values()))}: nothing left for {split}"
+                             f"{f' ({why})' * bool(why)}. Put a line {MARK} between stories (a few "
+                             "hundred of them at least), or name a validation file with --valid.")
+    return stats, counts
 
 
 def prepare(name, input=None, valid=None, tokenizer=None, vocab_size=None, keep_duplicates=False,
             force=False):
     """Prepare data/<name> -> its folder. What is there with the same settings is left as it is."""
-    folder, base = HERE / "data" / name, name.removesuffix("-ood")
-    kind = tokenizer or ("bpe" if base in SAMPLES else "gpt2")
-    vocab_size = vocab_size or (2_048 if base in SAMPLES else 10_000)
+    folder, ood = HERE / "data" / name, name.endswith("-ood")       # see `keep_apart`
+    kind = tokenizer or ("bpe" if name in SAMPLES else "gpt2")
+    vocab_size = vocab_size or (2_048 if name in SAMPLES else 10_000)
     own = {split: Path(path) for split, path in (("val", valid), ("train", input)) if path}
     text = [file_sha256(path) for path in own.values()] or (
-        sample_text() if base in SAMPLES else SOURCES[base][1])
+        sample_text() if name in SAMPLES else SOURCES[name][1])
     asked = {"text": text, "tokenizer": kind, "vocab_size_asked": vocab_size,
              "keep_duplicates": keep_duplicates}
     try:
@@ -630,13 +638,13 @@ def prepare(name, input=None, valid=None, tokenizer=None, vocab_size=None, keep_
     (folder / "meta.json").unlink(missing_ok=True)
 
     meta, nats = {"dataset": Path(name).name}, None
-    if base in SAMPLES:
-        paths, nats = tell_sample(folder, SAMPLES[base])
+    if name in SAMPLES:
+        paths, nats = tell_sample(folder, SAMPLES[name])
         meta["source"] = "data/grammar.txt"
-    elif base in SOURCES:
-        repo, meta["revision"], files = SOURCES[base]
+    elif name in SOURCES:
+        repo, meta["revision"], files = SOURCES[name]
         meta["source"] = f"https://huggingface.co/datasets/{repo}"
-        raw = HERE / "data" / base
+        raw = HERE / "data" / name.removesuffix("-ood")             # downloaded once for both
         raw.mkdir(exist_ok=True)
         paths = {split: raw / file for split, (file, _, _) in files.items()}
         for file, size, sha256 in files.values():
@@ -654,7 +662,7 @@ def prepare(name, input=None, valid=None, tokenizer=None, vocab_size=None, keep_
     encoding = as_encoding(ranks)
     parts = {split: folder / f"{split}.bin.part" for split in ("train", "val")}
     try:
-        stats, counts = encode(paths, encoding, folder, keep_duplicates, ood=base != name)
+        stats, counts = encode(paths, encoding, folder, keep_duplicates, ood)
     except BaseException:                   # a full disk, Ctrl-C: half of it is of no use
         for part in parts.values():
             part.unlink(missing_ok=True)
@@ -696,11 +704,11 @@ def main(argv=None):
         "but never both, to learn from; validation has both")
     add("--force", action="store_true", help="do it again even if it is there")
     args = parser.parse_args(argv)
-    base = args.name.removesuffix("-ood")
-    args.name = base + "-ood" * (args.ood or base != args.name)
-    if base in known and (args.input or args.valid):
+    if args.ood and not args.name.endswith("-ood"):
+        args.name += "-ood"
+    if args.name in known and (args.input or args.valid):
         parser.error(f"{args.name} has its own text; choose another name for yours")
-    if base not in known and not args.input:
+    if args.name not in known and not args.input:
         near = difflib.get_close_matches(args.name, known, n=1)
         hint = f"did you mean {near[0]}? F" if near else "f"
         parser.error(f"{args.name!r} is none of {', '.join(known)}; {hint}or a text of your own "

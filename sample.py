@@ -67,13 +67,6 @@ def encode_prompt(tokenizer, prompt, block_size):
     return ids
 
 
-def instructions(**fields):
-    """Texts by the name of their field in TinyStories-Instruct -> a prompt that asks for a story;
-    the model itself writes the blank lines before it."""
-    lines = [f"{name}: {text}" for name, text in fields.items() if text]
-    return "\n".join([*lines, "Story:"]) if lines else ""
-
-
 def write(model, tokenizer, prompt, **how):
     """Print one story as it is written. A character may need several tokens: it waits for all."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -118,10 +111,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     features, words = ([part.strip() for part in (text or "").split(",") if part.strip()]
                        for text in (args.features, args.words))
-    header = instructions(**{"Features": ", ".join(features), "Words": ", ".join(words),
-                             "Summary": args.summary, "Random sentence": args.sentence})
-    prompts = args.prompt or [header]
-    if args.prompt and header:
+    asked = {"Features": ", ".join(features), "Words": ", ".join(words), "Summary": args.summary,
+             "Random sentence": args.sentence}
+    asked = {field: text for field, text in asked.items() if text}
+    prompts = args.prompt or [prepare.instructions(asked) if asked else ""]
+    if args.prompt and asked:
         parser.error("a story begins with a --prompt or with instructions, not with both")
     if unknown := {*features} - {*FEATURES}:
         parser.error(f"--features does not know {unknown.pop()}; it knows {', '.join(FEATURES)}")
@@ -131,9 +125,8 @@ def main(argv=None):
         parser.error("--temperature and --top_k must not be negative; --top_p lies in (0, 1]")
     if "-" in prompts and (len(args.runs) > 1 or len(prompts) > 1):
         parser.error("--prompt - talks with one model, and needs no other prompt")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch sees no CUDA device; leave --device away")
-
+    if args.device not in ("auto", "cpu", best_device()):
+        parser.error(f"torch sees no {args.device.upper()} device; leave --device away")
     prepare.command(answer, args, prompts)
 
 

@@ -177,15 +177,15 @@ def model_config(settings, vocab_size):
 
 def find_data(dataset):
     """The folder of a data set and its meta.json; the ones that we know are prepared if missing."""
+    known = dataset in prepare.SAMPLES or dataset in prepare.SOURCES
     named = prepare.HERE / "data" / dataset         # a path that is absolute stays what it is
     folder = named if named.is_dir() or not Path(dataset).is_dir() else Path(dataset)
     if not (folder / "meta.json").is_file():
-        if dataset.removesuffix("-ood") not in {**prepare.SAMPLES, **prepare.SOURCES}:
+        if not known:
             raise SystemExit(f"There is no prepared data set {dataset!r}. Make it: "
                              f"python prepare.py {dataset} --input STORIES.txt")
         print(f"Preparing {dataset} first (python prepare.py {dataset}):")
         prepare.main([dataset])
-    known = dataset.removesuffix("-ood") in {**prepare.SAMPLES, **prepare.SOURCES}
     anew = f"Make it anew: python prepare.py {dataset} --force" + " --input FILE" * (not known)
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))

@@ -169,9 +169,9 @@ def check_run(model, tokenizer, n):
 def obeys(model, tokenizer, n, seed=0, temperature=1.0):
     """Let a model of sample-instruct tell n held-out records that ask for words -> the words that
     each was asked for, and those of them that stand in its story."""
-    records = (story.record().partition("\nStory:") for story in held_out(4 * n))
-    asked = [(head, re.search("(?m)^Words: (.*)", head)) for head, *_ in records]
-    asked = [(f"{head}\nStory:", words[1].split(", ")) for head, words in asked if words][:n]
+    heads = (story.record().partition(" \n\n")[0] for story in held_out(4 * n))
+    asked = [(head, re.search("(?m)^Words: (.*)", head)) for head in heads]
+    asked = [(head, words[1].split(", ")) for head, words in asked if words][:n]
     told = sample.tell(model, tokenizer, [head for head, _ in asked], max_new_tokens=2 * LONGEST,
                        temperature=temperature, seed=seed)
     return [(words, [word for word in words if re.search(rf"\b{re.escape(word)}", text)])

@@ -91,7 +91,7 @@ def study(args):
     files, meta, log = kept(folder), grade.read_meta(folder), train.read_log(folder / "log.csv")
     dataset = meta.get("dataset", "unknown")
     prompts = args.prompt or [row["prompt"] for row in grade.read_prompts(argparse.Namespace(
-        prompts=None, task="instruct" if dataset.endswith("instruct") else "story"),
+        prompts=None, task="instruct" if "instruct" in dataset else "story"),
         dataset in prepare.SAMPLES)[:3]]
     graded, judge = find_grades(folder, files)
     losses, grades, checks = {}, {}, {}
