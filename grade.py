@@ -291,6 +291,8 @@ def read_stories(path, args):
     needs = ("model", "prompt", "completion") + ("right",) * (args.task == "probes")
     lines, reps = [], Counter()
     for number, line in enumerate(read_lines(path), 1):
+        line = {name: value for name, value in line.items()         # what else there is, is not
+                if isinstance(value, bool if name == "ended" else str)}     # for us
         line = {"model": path.stem, **known.get(line.get("prompt"), {}), **line}
         for name in needs:
             if not isinstance(line.get(name), str):
@@ -307,7 +309,7 @@ def anchors(rows, lines):
     """A ruler: for some prompts a true ending, one with its sentences shuffled (a pupil's where
     there is no true one) and random words -> lines like those of pupils."""
     rng, told = random.Random(0), {line["prompt"]: line["completion"] for line in reversed(lines)}
-    words = " ".join([row["prompt"] + " " + row.get("ending", "") for row in rows]).split()
+    words = " ".join([row["prompt"] + " " + row.get("ending", "") for row in rows]).split() or ["I"]
     for row in sorted(rows, key=lambda row: not row.get("ending"))[:ANCHORED]:
         text = row.get("ending") or told.get(row["prompt"], "")
         sentences = re.findall(r"\S.*?[.!?]+[\"”]?(?=\s|$)", text.replace("\n", " "))
@@ -527,7 +529,8 @@ def check_options(parser, args, name, *more):
             (args.workers < 1, "--workers must be 1 or more"),
             (not all(0 <= number < 1e9 for number in dollars), "no price may be negative"),
             ((args.price_in is None) != (args.price_out is None), "give both prices, or none"),
-            (not re.match(r"https?://[^/]", args.base_url), "--base-url must begin with http://"),
+            (not re.match(r"https?://([^/[]|\[[^]]+])", args.base_url),
+             "--base-url must begin with http://"),
             *more):
         if wrong:
             parser.error(why)

@@ -68,11 +68,13 @@ SAMPLE_STORIES = {"val": 1_000, "train": 30_000}
 
 def command(work, *arguments, folder=None):
     """Do the work of a script and leave with the exit code that it returns. Whatever can come in
-    its way from outside ends in a sentence. folder: what it writes into, where there is but one."""
+    its way from outside ends in a sentence. folder: what it must have for itself meanwhile."""
     for stream in (sys.stdout, sys.stderr):     # a console that lacks a character shows a ?
         if hasattr(stream, "reconfigure"):      # a notebook's needs none
             stream.reconfigure(errors="replace")
+    lock = None
     try:
+        lock = claim(folder) if folder else None
         code = work(*arguments)
         sys.stdout.flush()
     except (KeyboardInterrupt, EOFError):
@@ -89,8 +91,36 @@ def command(work, *arguments, folder=None):
         free = f": {shutil.disk_usage(folder).free / 1e6:,.1f} MB are free in {folder}" \
             if folder and folder.is_dir() else ""
         raise SystemExit(f"The disk is full{free}. Make room and run the same command again.")
+    except (MemoryError, RuntimeError) as error:
+        if not re.search("out of memory|can't allocate|Unable to allocate", str(error)):
+            raise
+        raise SystemExit(f"The memory does not suffice ({str(error).splitlines()[0][:100]}). Ask "
+                         "for less at a time (train.py: --micro_batch=16, then 4, which changes no "
+                         "result), or for a smaller model.")
+    finally:
+        if lock is not None:
+            os.close(lock)
     if code:
         raise SystemExit(code)
+
+
+def claim(folder):
+    """Make a folder and lock it: a second command that wants it waits. The lock ends with its
+    process, however that ends -> what closes it, or None where folders have no locks (Windows)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"Another command is at work in {folder}; waiting for its end.", file=sys.stderr)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError:                             # some disks of a network have none, either
+        pass
+    return lock
 
 
 def write_whole(path, write):

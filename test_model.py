@@ -272,6 +272,26 @@ def test_a_full_disk_ends_in_words(tmp_path):
     assert not (tmp_path / "set" / "meta.json").exists()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not lock folders")
+def test_two_commands_take_turns_in_a_folder(data, tmp_path):
+    lock, command = prepare.claim(tmp_path), [HERE / "train.py", *small(data, tmp_path)]
+    both = [subprocess.Popen([sys.executable, *command], text=True, encoding="utf-8",
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in "12"]
+    assert all("waiting for its end" in process.stderr.readline() for process in both)
+    assert not [*tmp_path.iterdir()]
+    os.close(lock)                                          # as when a process ends
+    ends = sorted(process.communicate(timeout=300)[0].splitlines()[-1] for process in both)
+    assert "is finished: 12 steps" in ends[0] and ends[1].startswith("Done in")
+
+
+def test_memory_that_does_not_suffice_is_met_in_words():
+    def take():
+        np.empty(1 << 50)                                   # a million gigabytes
+
+    with pytest.raises(SystemExit, match="memory does not suffice.*micro_batch"):
+        prepare.command(take)
+
+
 def test_progress_says_once_that_it_is_done(tmp_path, capsys, monkeypatch):
     bar = prepare.Progress("job", 1000)
     for done in (*range(0, 1000, 7), 1000, 1000, 1001):
@@ -1123,6 +1143,17 @@ def test_runs_are_graded_from_beginning_to_report(data, tmp_path, teach, capsys,
     assert "0/18/0" in (tmp_path / "run" / "report_probes.md").read_text()
 
 
+def test_a_file_of_stories_may_hold_more_than_stories(tmp_path, capsys):
+    lines = [{"prompt": "", "completion": "Tom sat. He ran.", "Words": ["sat"], "ended": "no"},
+             {"prompt": "", "completion": "", "right": [1], "extra": {}, "ended": True}]
+    (tmp_path / "s.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(SystemExit) as end:
+        grade.main([str(tmp_path / "s.jsonl"), "--dry-run", "--judge", "x"]) or sys.exit(0)
+    assert end.value.code == 0 and "2 calls" not in capsys.readouterr().err
+    grade.main([str(tmp_path / "s.jsonl"), "--judge", "none"])
+    assert "100%" in capsys.readouterr().out                # ended: of the one that says so
+
+
 def test_what_grade_imports_and_measures(tmp_path):
     code = "import sys, grade; assert not {'torch', 'openai', 'matplotlib'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE)
@@ -1951,6 +1982,7 @@ grade.py {broken}/run --prompts no.txt                  2  no such file
 grade.py {broken}/run --prompts words.txt --task instruct  1  does not hold what
 grade.py {broken}/run --prompts paper --task probes     2  is for stories
 grade.py {broken}/run --base-url localhost:1            2  must begin with http
+grade.py {broken}/run --base-url http://[::1            2  must begin with http
 grade.py {broken}/run --base-url http://127.0.0.1:9/v1 --yes  1  Cannot reach
 grade.py {broken}/run --price-in 1                      2  both prices, or none
 grade.py {broken}/run --judge unknown --max-cost 1      2  not in PRICES

@@ -18,7 +18,6 @@ import io
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
@@ -728,13 +727,9 @@ def main(argv=None):
     if "-h" in argv or "--help" in argv:
         print(__doc__ + "\n" + inspect.getsource(Settings))
         return
-    try:
-        prepare.command(train, load_config(argv))
-    except (RuntimeError, MemoryError) as error:
-        if not re.search("out of memory|can't allocate|Unable to allocate", str(error)):
-            raise
-        raise SystemExit(f"The memory does not suffice ({str(error).splitlines()[0][:100]}). Read "
-                         "fewer rows at a time: --micro_batch=16, then 4. It changes no result.")
+    settings = load_config(argv)
+    alone = os.environ.get("RANK", "0") == "0"          # the other ranks must not wait for this one
+    prepare.command(train, settings, folder=Path(settings.out_dir) if alone else None)
 
 
 if __name__ == "__main__":

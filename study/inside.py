@@ -107,11 +107,12 @@ def read(gpt, tokenizer, texts):
         _, maps, fired = record(gpt, torch.tensor(ids))
         fired[:, 0] = 0         # on the end mark much is large that says nothing of stories
         told = spell(tokenizer, ids)
-        name = torch.tensor([NAMES in phrases for phrases in facts(told)])
+        said = facts(told)
+        name = torch.tensor([NAMES in phrases for phrases in said])
         columns.append(measure(maps, torch.tensor(ids), name, gpt.config.block_size))
         neurons.append(fired)
         words += told
-        known += facts(told)
+        known += said
         bar.show(n)
     return words, known, torch.cat(neurons, dim=1), torch.stack(columns).nanmean(dim=0)
 

@@ -273,7 +273,7 @@ def study(args, changes):
         table = report(runs[:number], args.n)
     if args.grade is not None:
         try:
-            grade.main([*(settings.out_dir for settings in runs), *shlex.split(args.grade)])
+            grade.main([*(settings.out_dir for settings in runs), *args.grade])
         finally:                        # what was judged is in the ledgers, wherever it stopped
             table = report(runs, args.n)
     print(f"\n{table}\n\nThe report: {Path(runs[0].out_dir).parent / 'report.md'}")
@@ -289,6 +289,13 @@ def main(argv=None):
     args, changes = parser.parse_known_args(argv)
     if args.n < 1:
         parser.error("-n must be 1 or more")
+    for change in changes:
+        if change.partition("=")[0] in ("--n_embd", "--n_layer", "--n_head", "--out_dir"):
+            parser.error(f"{change}: that is what the grid itself sets")
+    try:
+        args.grade = args.grade if args.grade is None else shlex.split(args.grade)
+    except ValueError as error:
+        parser.error(f"--grade: {error}")
     prepare.command(study, args, changes)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import prepare                                                                  # noqa: E402
 from model import GPT, GPTConfig, best_dtype                                    # noqa: E402
 from train import Settings, keep_memory, make_optimizers                        # noqa: E402
 
@@ -169,6 +170,12 @@ def main(argv=None):
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, help="of a step (default: 4096; CUDA: 65536)")
     args = parser.parse_args(argv)
+    if args.rounds < 1 or (args.tokens or 512) < 512:
+        parser.error("--rounds must be 1 or more, and --tokens 512 or more")
+    prepare.command(study, args)
+
+
+def study(args):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens = args.tokens or (65_536 if device == "cuda" else 4_096)
     size, low = (8192 if device == "cuda" else 2048), best_dtype(device)
