@@ -312,7 +312,7 @@ def anchors(rows, lines):
     words = " ".join([row["prompt"] + " " + row.get("ending", "") for row in rows]).split() or ["I"]
     for row in sorted(rows, key=lambda row: not row.get("ending"))[:ANCHORED]:
         text = row.get("ending") or told.get(row["prompt"], "")
-        sentences = re.findall(r"\S.*?[.!?]+[\"”]?(?=\s|$)", text.replace("\n", " "))
+        sentences = re.split(r"(?:(?<=[.!?])|(?<=[.!?][\"”]))\s+(?![a-z])", text.strip())
         mixed = rng.sample(sentences, len(sentences))
         mixed = mixed if mixed != sentences else mixed[::-1]
         mess = rng.choices(words, k=max(len(text.split()), 40))

@@ -108,15 +108,12 @@ def attend(q, k, v, mask=None, dropout=0.0):
     """Queries (B, H, T, D), keys and values (B, H, S, D) -> what each query gathers (B, H, T, D).
     mask (T, S) says who may look at whom; without one, each looks at itself and all before it (on
     a CPU, only a single query goes without). A GPU has a kernel that never writes the scores down
-    (arXiv 2205.14135); on a CPU, plain products are faster."""
-    if q.device.type != "cpu":
+    (arXiv 2205.14135); on a CPU, where many queries are to be learned from, plain products are
+    faster."""
+    if q.device.type != "cpu" or q.size(2) == 1:
         causal = mask is None and q.size(2) > 1
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
-    q = q * q.size(-1) ** -0.5
-    if q.size(2) > 1:
-        scores = q @ k.mT                                           # (B, H, T, S)
-    else:
-        scores = (k @ q.mT).mT      # (B, H, 1, S): a strided piece of a cache is not copied here
+    scores = q * q.size(-1) ** -0.5 @ k.mT                          # (B, H, T, S)
     if mask is not None:
         scores = scores + torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
     weights = torch.softmax(scores, dim=-1, dtype=scores.dtype)     # how much of each value
@@ -245,7 +242,9 @@ def best_dtype(device):
         return torch.bfloat16 if real else torch.float16
     if device == "cpu" and hasattr(torch.cpu, "get_capabilities"):
         can = torch.cpu.get_capabilities()
-        return torch.bfloat16 if can.get("avx512_bf16") or can.get("amx_bf16") else torch.float32
+        slow = "Intel" in can.get("cpu_name", "")       # without AMX: half as fast as float32
+        fast = can.get("amx_bf16") or can.get("avx512_bf16") and not slow
+        return torch.bfloat16 if fast else torch.float32
     return torch.float32
 
 
@@ -381,7 +380,7 @@ class GPT(nn.Module):
 def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Draw one id a row from logits (B, V) -> (B,). Temperature 0 takes the likeliest; top_k keeps
     the k likeliest; top_p those whose probabilities first add up to p (arXiv 1904.09751)."""
-    if temperature == 0:
+    if temperature < 1e-4:      # so cold that nothing else is left, and numbers would overflow
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
     if 0 < top_k < logits.size(-1):

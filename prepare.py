@@ -85,7 +85,7 @@ def command(work, *arguments, folder=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 141
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             what = f"Cannot read or write {error.filename}: " if error.filename else ""
             raise SystemExit(f"{what}{error.strerror or error}.")
         free = f": {shutil.disk_usage(folder).free / 1e6:,.1f} MB are free in {folder}" \

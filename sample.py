@@ -44,6 +44,9 @@ def load_run(path, device="auto", dtype=None):
     the device multiplies fastest."""
     file = find_run(path)
     device = best_device() if device == "auto" else device
+    if torch.device(device).type not in ("cpu", best_device()):
+        print(f"torch sees no {device.upper()} device; leave --device away", file=sys.stderr)
+        raise SystemExit(2)
     try:
         checkpoint = read_checkpoint(file, device)
         model = GPT(GPTConfig(**checkpoint["model_config"]))
@@ -125,8 +128,6 @@ def main(argv=None):
         parser.error("--temperature and --top_k must not be negative; --top_p lies in (0, 1]")
     if "-" in prompts and (len(args.runs) > 1 or len(prompts) > 1):
         parser.error("--prompt - talks with one model, and needs no other prompt")
-    if args.device not in ("auto", "cpu", best_device()):
-        parser.error(f"torch sees no {args.device.upper()} device; leave --device away")
     prepare.command(answer, args, prompts)
 
 

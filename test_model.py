@@ -482,6 +482,7 @@ def test_padding_is_never_drawn_and_draws_follow_the_probabilities():
     assert share(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.02)
     assert share(top_p=0.7) == pytest.approx([0.625, 0.375, 0, 0], abs=0.02)
     assert share(top_p=0.01) == pytest.approx([1, 0, 0, 0]) == share(temperature=0)
+    assert share(temperature=1e-40) == pytest.approx([1, 0, 0, 0])      # and not a row of infinities
     assert share(temperature=2.0)[3] > 0.1
     model = GPT(GPTConfig(**dict(OURS, vocab_size=65)))
     assert max(model.generate([[1]] * 50, 20, temperature=5.0)[0]) < 65
@@ -540,6 +541,13 @@ def test_what_other_machines_lack(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported",        # of a T4: by emulation
                         lambda including_emulation=True: including_emulation)
     assert (best_dtype("cuda"), best_dtype("mps")) == (torch.float16, torch.float32)
+    for name, unit, best in (("AMD EPYC", "avx512_bf16", torch.bfloat16),
+                             ("Intel Xeon", "avx512_bf16", torch.float32),  # twice as fast there
+                             ("Intel Xeon", "amx_bf16", torch.bfloat16),
+                             ("AMD EPYC", "avx2", torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name, unit: True},
+                            raising=False)
+        assert best_dtype("cpu") == best
 
     def fails(*_, **__):
         raise RuntimeError("CUDA error: no kernel image is available for execution\nmore")
@@ -1169,6 +1177,17 @@ def test_what_grade_imports_and_measures(tmp_path):
         assert len(grade.read_prompts(asked, sample=True)) >= (10 if task == "probes" else 15)
 
 
+def test_anchors_shuffle_whole_sentences():
+    rows = [{"prompt": "Tom", "ending": ' sat. "Hi!" he said. He ran away.'},
+            {"prompt": "Ann", "ending": " and on" * 30_000}]        # without an end: no minutes
+    made = [*grade.anchors(rows, [{"prompt": "", "completion": "", "folder": Path()}])]
+    [mixed] = [line["completion"] for line in made if line["model"] == grade.ANCHORS[1]]
+    for sentence in (' sat.', ' "Hi!" he said.', " He ran away."):
+        mixed, before = mixed.replace(sentence, ""), mixed
+        assert mixed != before
+    assert not mixed
+
+
 def test_a_ruler_out_of_order_measures_nothing():
     def rows(name, *grades):
         return [{"model": name, "prompt": str(i), "completion": "x", "empty": False,
@@ -1745,9 +1764,14 @@ def test_a_grid_is_trained_once_and_reported(data, tmp_path, monkeypatch, capsys
     assert all(check + ", % of endings" in text for check in checks.CHECKS) and "nan" not in text
     assert {path.name for path in folder.glob("*.png")} == {"maps.png", "frontiers.png"}
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.pt")}
-    (folder / "w16_l1_h2" / "grades.jsonl").write_text(json.dumps({
-        "key": "a", "task": "story", "model": "w16_l1_h2", "judge": "me",
-        "grades": dict.fromkeys(grade.NUMBERS, 7.5)}))
+    with open(folder / "w16_l1_h2" / "grades.jsonl", "w") as ledger:    # the last two count
+        for key, version, checkpoint, mark in (("a", "old", "2", 1), ("b", "", "1", 2),
+                                               ("c", "", "2", 7), ("d", "", "2", 8)):
+            print(json.dumps({
+                "key": key, "version": version or grade.version("story"), "judge": "me",
+                "checkpoint": checkpoint, "model": "w16_l1_h2",
+                "grades": dict.fromkeys(grade.NUMBERS, mark)}), file=ledger)
+    assert sizes.grades(folder / "w16_l1_h2")["plot (me)"] == 7.5
     monkeypatch.setattr(sizes, "check_run", None)           # nothing is measured again
     sizes.main(["--grid", "demo", "-n", "6"])
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.pt")}

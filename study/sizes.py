@@ -117,9 +117,11 @@ def measure(settings, n):
 
 def grades(folder):
     """A run's mean grades out of ten, by the judges in its ledger (see grade.py)."""
-    lines, found = {line["key"]: line for line in grade.read_lines(folder / "grades.jsonl")}, {}
+    lines = {line["key"]: line for line in grade.read_lines(folder / "grades.jsonl")
+             if line["version"] == grade.version("story") and line["model"] == folder.name}
+    newest, found = [line["checkpoint"] for line in lines.values()][-1:], {}
     for line in lines.values():
-        if line["task"] == "story" and line["model"] == folder.name and "grades" in line:
+        if line["checkpoint"] in newest and "grades" in line:
             for metric in grade.NUMBERS:
                 found.setdefault(f"{metric} ({line['judge']})", []).append(line["grades"][metric])
     return {metric: float(np.mean(marks)) for metric, marks in found.items()}
@@ -296,7 +298,7 @@ def main(argv=None):
         args.grade = args.grade if args.grade is None else shlex.split(args.grade)
     except ValueError as error:
         parser.error(f"--grade: {error}")
-    prepare.command(study, args, changes)
+    prepare.command(study, args, changes, folder=Path("out/sizes", args.grid))
 
 
 if __name__ == "__main__":
