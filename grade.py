@@ -656,6 +656,15 @@ def group(items):
     return by, [name for name in by if name not in ANCHORS]
 
 
+def obeyed(asked, story):
+    """Which words and which sentence that were asked for stand in a story -> {what: [bool]}."""
+    story = " ".join(story.lower().split())
+    words, sentence = (asked.get(name, "").lower() for name in ("Words", "Random sentence"))
+    return {"required words": [bool(re.search(rf"\b{re.escape(word)}", story))
+                               for word in words.split(", ") if word],
+            "required sentences": [sentence in story] * bool(sentence)}
+
+
 def without_judge(items):
     """What can be said of a pupil's stories without a judge -> {name: cell}."""
     texts = [item["completion"] for item in items]
@@ -665,13 +674,9 @@ def without_judge(items):
         grams = [gram for text in words for gram in zip(*(text[i:] for i in range(n)))]
         row[name] = f"{len({*grams}) / max(len(grams), 1):.3f}"
     shares = {"end by themselves": [item["ended"] for item in items if "ended" in item]}
-    for item in items:                                      # is in the story what was asked for?
-        story = " ".join(item["completion"].lower().split())
-        for word in item.get("Words", "").lower().split(", ") if "Words" in item else []:
-            found = re.search(r"\b" + re.escape(word), story)
-            shares.setdefault("required words", []).append(bool(found))
-        if sentence := item.get("Random sentence"):
-            shares.setdefault("required sentences", []).append(sentence.lower() in story)
+    for item, text in zip(items, texts):
+        for name, marks in obeyed(item, text).items():
+            shares.setdefault(name, []).extend(marks)
     row |= {name: f"{np.mean(each):.0%}" for name, each in shares.items() if each}
     return row | {"new 5-grams": new_5grams(texts, items[0]["folder"])}
 

@@ -167,15 +167,19 @@ def check_run(model, tokenizer, n):
 
 
 def obeys(model, tokenizer, n, seed=0, temperature=1.0):
-    """Let a model of sample-instruct tell n held-out records that ask for words -> the words that
-    each was asked for, and those of them that stand in its story."""
-    heads = (story.record().partition(" \n\n")[0] for story in held_out(4 * n))
-    asked = [(head, re.search("(?m)^Words: (.*)", head)) for head in heads]
-    asked = [(head, words[1].split(", ")) for head, words in asked if words][:n]
-    told = sample.tell(model, tokenizer, [head for head, _ in asked], max_new_tokens=2 * LONGEST,
+    """Let a model of sample-instruct tell n held-out records -> {what was asked for: a list of
+    whether it stands in the story that was asked for it}."""
+    heads = [story.record().partition(" \n\n")[0] for story in held_out(n)]
+    told = sample.tell(model, tokenizer, heads, max_new_tokens=2 * LONGEST,
                        temperature=temperature, seed=seed)
-    return [(words, [word for word in words if re.search(rf"\b{re.escape(word)}", text)])
-            for (_, words), text in zip(asked, told)]
+    found = {}
+    for head, story in zip(heads, told):
+        asked = dict(re.findall("(?m)^(.*?): (.*)$", head))
+        for what, marks in grade.obeyed(asked, story).items():
+            found.setdefault(what, []).extend(marks)
+            if what == "required words" and marks:
+                found.setdefault("stories with all their words", []).append(all(marks))
+    return found
 
 
 def main(argv=None):
@@ -194,11 +198,9 @@ def main(argv=None):
 def study(args):
     dataset = grade.read_meta(sample.find_run(args.run).parent).get("dataset", "")
     if dataset.startswith("sample-instruct"):
-        found = obeys(*sample.load_run(args.run), args.n, args.seed, args.temperature)
-        words, there = (sum(map(len, column)) for column in zip(*found))
-        whole = sum(len(asked) == len(had) for asked, had in found)
-        print(f"{there / words:.0%} of {words} required words stand in {len(found)} stories; "
-              f"{whole / len(found):.0%} of the stories have all of theirs")
+        for what, marks in obeys(*sample.load_run(args.run), args.n, args.seed,
+                                 args.temperature).items():
+            print(f"{what}: {sum(marks) / max(len(marks), 1):.0%} of {len(marks)}")
         return
     if dataset != "sample":
         raise SystemExit(f"{args.run} has learned from {dataset or 'unknown stories'}; only those "
