@@ -29,6 +29,7 @@ import shutil
 import sys
 import time
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -540,6 +541,14 @@ def prune_bpe(ranks, counts, vocab_size):
     return {token: new for new, token in enumerate(sorted(kept, key=ranks.get))}
 
 
+def to_ids(encoding, stories, threads=None):
+    """Stories -> the ids of their tokens, each story followed by the end mark, (N,) uint32."""
+    texts = [MARK.join([*stories[i:i + 256], ""]) for i in range(0, len(stories), 256)]
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:     # tiktoken lets others work
+        rows = pool.map(lambda text: encoding.encode_to_numpy(text, allowed_special={MARK}), texts)
+        return np.concatenate([np.zeros(0, np.uint32), *rows])
+
+
 def as_encoding(ranks):
     import tiktoken
     return tiktoken.Encoding("stories", pat_str=PATTERN, mergeable_ranks=ranks,
@@ -586,10 +595,10 @@ def make_tokenizer(kind, vocab_size, path):
     if vocab_size > len(ranks):         # all of it, and the end mark
         return ranks
     full = as_encoding(ranks)
+    times = np.zeros(full.n_vocab, int)
     for stories in read:
-        for ids in full.encode_ordinary_batch(stories, num_threads=os.cpu_count()):
-            counts.update(ids)
-    return prune_bpe(ranks, counts, vocab_size)
+        times += np.bincount(to_ids(full, stories), minlength=full.n_vocab)
+    return prune_bpe(ranks, times, vocab_size)
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -616,15 +625,12 @@ def encode(paths, encoding, folder, keep_duplicates=False, ood=False, threads=No
                     apart = ood and target == "train"
                     chosen[target].append(keep_apart(story, counts) if apart else story)
                 for target, file in (("train", train), ("val", val)):
-                    rows = encoding.encode_ordinary_batch(chosen[target],
-                                                          num_threads=threads or os.cpu_count())
-                    ids = itertools.chain.from_iterable(row + [encoding.eot_token] for row in rows)
-                    ids = np.fromiter(ids, np.int64)
+                    ids = to_ids(encoding, chosen[target], threads)
                     if ids.max(initial=0) >= min(encoding.n_vocab, 65_536):
                         raise SystemExit(f"The id {ids.max()} does not fit the vocabulary of "
                                          f"{encoding.n_vocab:,} and uint16 (65,536 at most).")
                     file.write(ids.astype(np.uint16).tobytes())
-                    stats[target]["stories"] += len(rows)
+                    stats[target]["stories"] += len(chosen[target])
                     stats[target]["tokens"] += len(ids)
                     stats[target]["bytes"] += sum(len(story.encode()) for story in chosen[target])
     counts = {what: n for what, n in counts.items() if n}
