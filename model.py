@@ -359,7 +359,8 @@ class GPT(nn.Module):
             drawn = draw(logits, temperature, top_k, top_p, generator).cpu()            # (B,)
             writes = alive & (t >= lengths)
             tokens[:, t] = torch.where(t < lengths, tokens[:, t], drawn)
-            yield [int(token) if write else None for token, write in zip(tokens[:, t], writes)]
+            yield [token if write else None
+                   for token, write in zip(tokens[:, t].tolist(), writes.tolist())]
             t, new = t + 1, 1
             alive &= t < lengths + max_new_tokens
             if stop is not None:
