@@ -587,7 +587,8 @@ def make_tokenizer(kind, vocab_size, path):
         import regex                    # comes with tiktoken; Python's own re does not know \p{L}
         for stories in read:
             for story in stories:
-                counts.update(regex.findall(PATTERN, story))
+                counts.update(word for word in regex.findall(PATTERN, story)
+                              if len(word) < 1_000)     # longer, it is none, and takes hours
         ranks = {bytes([byte]): byte for byte in range(256)}
         for left, right in train_bpe(counts, vocab_size):
             ranks.setdefault(left + right, len(ranks))

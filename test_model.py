@@ -240,6 +240,16 @@ def test_where_a_read_ends_does_not_matter(tmp_path, piece, threads):
     assert encoded(tmp_path, piece=piece, threads=threads) == encoded(tmp_path)
 
 
+def test_nothing_is_learned_from_a_word_without_end(tmp_path):
+    stories = [f"The cat sat {i} times." for i in range(50)]
+    for name, more in (("plain", []), ("long", ["xyz" * 10_000])):
+        (tmp_path / name).write_text("\n<|endoftext|>\n".join(stories + more))
+    ranks = prepare.make_tokenizer("bpe", 280, tmp_path / "plain")
+    assert ranks == prepare.make_tokenizer("bpe", 280, tmp_path / "long")
+    encoding = prepare.as_encoding(ranks)
+    assert encoding.decode(prepare.to_ids(encoding, more)) == "".join(more) + prepare.MARK
+
+
 def test_own_text_is_split_by_hash_and_prepared_once(tmp_path):
     raw = "<|endoftext|>".join(f"Story {i}. сказка" for i in range(2000))
     (tmp_path / "t.txt").write_text(raw, encoding="utf-8")
