@@ -492,7 +492,7 @@ def test_padding_is_never_drawn_and_draws_follow_the_probabilities():
     assert share(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.02)
     assert share(top_p=0.7) == pytest.approx([0.625, 0.375, 0, 0], abs=0.02)
     assert share(top_p=0.01) == pytest.approx([1, 0, 0, 0]) == share(temperature=0)
-    assert share(temperature=1e-40) == pytest.approx([1, 0, 0, 0])      # and not a row of infinities
+    assert share(temperature=1e-40) == pytest.approx([1, 0, 0, 0])  # not infinities
     assert share(temperature=2.0)[3] > 0.1
     model = GPT(GPTConfig(**dict(OURS, vocab_size=65)))
     assert max(model.generate([[1]] * 50, 20, temperature=5.0)[0]) < 65
