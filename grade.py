@@ -291,8 +291,8 @@ def read_stories(path, args):
     needs = ("model", "prompt", "completion") + ("right",) * (args.task == "probes")
     lines, reps = [], Counter()
     for number, line in enumerate(read_lines(path), 1):
-        line = {name: value for name, value in line.items()         # what else there is, is not
-                if isinstance(value, bool if name == "ended" else str)}     # for us
+        line = {name: value for name, value in line.items()         # other kinds: somebody else's
+                if isinstance(value, bool if name == "ended" else str)}
         line = {"model": path.stem, **known.get(line.get("prompt"), {}), **line}
         for name in needs:
             if not isinstance(line.get(name), str):

@@ -107,13 +107,12 @@ def look_back(T, S, window, device):
 def attend(q, k, v, mask=None, dropout=0.0):
     """Queries (B, H, T, D), keys and values (B, H, S, D) -> what each query gathers (B, H, T, D).
     mask (T, S) says who may look at whom; without one, each looks at itself and all before it (on
-    a CPU, only a single query goes without). A GPU has a kernel that never writes the scores down
-    (arXiv 2205.14135); on a CPU, where many queries are to be learned from, plain products are
-    faster."""
+    a CPU, only a single query goes without). A fused kernel never writes the scores down (arXiv
+    2205.14135); on a CPU, it pays for a single query, and plain products are faster for many."""
     if q.device.type != "cpu" or q.size(2) == 1:
         causal = mask is None and q.size(2) > 1
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
-    scores = q * q.size(-1) ** -0.5 @ k.mT                          # (B, H, T, S)
+    scores = (q * q.size(-1) ** -0.5) @ k.mT                        # (B, H, T, S)
     if mask is not None:
         scores = scores + torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
     weights = torch.softmax(scores, dim=-1, dtype=scores.dtype)     # how much of each value
@@ -235,8 +234,8 @@ def best_device():
 
 
 def best_dtype(device):
-    """What a device ("cpu", "cuda", "mps") multiplies fastest: bfloat16 where the hardware has it,
-    float16 on older GPUs, else float32."""
+    """What a device ("cpu", "cuda", "mps") multiplies fastest: bfloat16 where the hardware is made
+    for it, float16 on older GPUs, else float32."""
     if device == "cuda":
         real = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if real else torch.float16

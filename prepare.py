@@ -94,11 +94,13 @@ def command(work, *arguments, folder=None):
             if folder and folder.is_dir() else ""
         raise SystemExit(f"The disk is full{free}. Make room and run the same command again.")
     except (MemoryError, RuntimeError) as error:
-        if not re.search("out of memory|can't allocate|Unable to allocate", str(error)):
+        full = re.search("out of memory|can't allocate", str(error))        # as torch words it
+        if not (full or isinstance(error, MemoryError)):
             raise
-        raise SystemExit(f"The memory does not suffice ({str(error).splitlines()[0][:100]}). Ask "
-                         "for less at a time (train.py: --micro_batch=16, then 4, which changes no "
-                         "result), or for a smaller model.")
+        why = str(error).partition("\n")[0][:100] or type(error).__name__
+        raise SystemExit(f"The memory does not suffice ({why}). Ask for less at a time (train.py: "
+                         "--micro_batch=16, then 4, which changes no result), or for a smaller "
+                         "model.")
     finally:
         if lock is not None:
             os.close(lock)
@@ -581,9 +583,9 @@ def gpt2_ranks():
 
 def make_tokenizer(kind, vocab_size, path):
     """Make a tokenizer from the beginning of a text file -> ranks."""
-    counts = Counter()
     read = read_stories(path, Counter(), label="reading for the tokenizer", limit=COUNTED)
     if kind == "bpe":
+        counts = Counter()
         import regex                    # comes with tiktoken; Python's own re does not know \p{L}
         for stories in read:
             for story in stories:

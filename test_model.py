@@ -294,11 +294,17 @@ def test_two_commands_take_turns_in_a_folder(data, tmp_path):
     assert "is finished: 12 steps" in ends[0] and ends[1].startswith("Done in")
 
 
-def test_memory_that_does_not_suffice_is_met_in_words():
+@pytest.mark.parametrize("error", [MemoryError(), MemoryError("Unable to allocate 8 PiB"),
+                                   RuntimeError("CUDA out of memory.\nTried"),
+                                   RuntimeError("x" * 100 + ": can't allocate memory")])
+def test_memory_that_does_not_suffice_is_met_in_words(error):
     def take():
-        np.empty(1 << 50)                                   # a million gigabytes
+        raise error
 
     with pytest.raises(SystemExit, match="memory does not suffice.*micro_batch"):
+        prepare.command(take)
+    error = RuntimeError("a fault of our own")              # is not hidden
+    with pytest.raises(RuntimeError, match="of our own"):
         prepare.command(take)
 
 
@@ -1745,15 +1751,20 @@ def test_a_check_finds_the_fault_it_is_for(stories, check, right, wrong):
 
 
 def test_required_words_are_looked_for(monkeypatch):
-    def tells(model, tokenizer, heads, **_):                # the words of each second head
-        assert all(head.endswith("\nStory:") for head in heads)
+    expected = {}
+
+    def tells(model, tokenizer, heads, **_):                # what each second head asks for
+        assert len(heads) == 40 and all(head.endswith("\nStory:") for head in heads)
+        for what, field in (("stories with all their words", "Words: "),
+                            ("required sentences", "Random sentence: ")):
+            expected[what] = [i % 2 == 1 for i, head in enumerate(heads) if field in head]
+        expected["required words"] = [
+            mark for mark in expected["stories with all their words"] for _ in range(3)]
         return [head * (i % 2) for i, head in enumerate(heads)]
 
     monkeypatch.setattr(sample, "tell", tells)
-    found = checks.obeys(None, None, 40)
-    for marks in found.values():
-        assert 5 < len(marks) and 0.2 < sum(marks) / len(marks) < 0.8
-    assert len(found["required words"]) == 3 * len(found["stories with all their words"])
+    assert checks.obeys(None, None, 40) == expected
+    assert all(True in marks and False in marks for marks in expected.values())
 
 
 def test_a_grid_is_trained_once_and_reported(data, tmp_path, monkeypatch, capsys):
@@ -1858,6 +1869,8 @@ def test_the_speed_table_has_a_row_for_each_contestant(monkeypatch, capsys):
     monkeypatch.setattr(speed, "NEW", 3)
     monkeypatch.setattr(speed, "alone", lambda *how: 7.0)
     monkeypatch.setitem(sys.modules, "transformers", None)      # as where it is not installed
+    with pytest.raises(SystemExit):                         # 2 rows of 256, called 700 tokens
+        speed.main(["--tokens", "700"])
     speed.main(["--rounds", "1", "--tokens", "512"])
     printed = capsys.readouterr().out
     assert printed.count("| ours") == 4 and printed.count("transformers is not installed") == 8

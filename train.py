@@ -728,8 +728,8 @@ def main(argv=None):
         print(__doc__ + "\n" + inspect.getsource(Settings))
         return
     settings = load_config(argv)
-    alone = os.environ.get("RANK", "0") == "0"          # the other ranks must not wait for this one
-    prepare.command(train, settings, folder=Path(settings.out_dir) if alone else None)
+    first = os.environ.get("RANK", "0") == "0"          # the other ranks must not wait for this one
+    prepare.command(train, settings, folder=Path(settings.out_dir) if first else None)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def measure(settings, n):
 def grades(folder):
     """A run's mean grades out of ten, by the judges in its ledger (see grade.py)."""
     lines = {line["key"]: line for line in grade.read_lines(folder / "grades.jsonl")
-             if line["version"] == grade.version("story") and line["model"] == folder.name}
+             if line.get("version") == grade.version("story") and line["model"] == folder.name}
     newest, found = [line["checkpoint"] for line in lines.values()][-1:], {}
     for line in lines.values():
         if line["checkpoint"] in newest and "grades" in line:

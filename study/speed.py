@@ -170,8 +170,8 @@ def main(argv=None):
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, help="of a step (default: 4096; CUDA: 65536)")
     args = parser.parse_args(argv)
-    if args.rounds < 1 or (args.tokens or 512) < 512:
-        parser.error("--rounds must be 1 or more, and --tokens 512 or more")
+    if args.rounds < 1 or args.tokens is not None and (args.tokens < 1 or args.tokens % 512):
+        parser.error("--rounds must be 1 or more, and --tokens a multiple of 512")
     prepare.command(study, args)
 
 
