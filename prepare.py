@@ -97,7 +97,7 @@ def command(work, *arguments, folder=None):
         full = re.search("out of memory|can't allocate", str(error))        # as torch words it
         if not (full or isinstance(error, MemoryError)):
             raise
-        why = str(error).partition("\n")[0][:100] or type(error).__name__
+        why = str(error).partition("\n")[0].partition(" GPU ")[0][:100] or type(error).__name__
         raise SystemExit(f"The memory does not suffice ({why}). Ask for less at a time (train.py: "
                          "--micro_batch=16, then 4, which changes no result), or for a smaller "
                          "model.")

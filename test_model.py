@@ -4,6 +4,7 @@ the inside can be rewritten."""
 
 import argparse
 import contextlib
+import copy
 import http.server
 import json
 import math
@@ -47,6 +48,9 @@ KINDS = {"ours": OURS, "paper": PAPER, "windows": dict(OURS, window=8, zero_init
 def model(request):
     torch.manual_seed(0)
     return GPT(GPTConfig(**KINDS[request.param])).eval()
+
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU here")
 
 
 def script(*arguments, cwd=None, check=None, **kwargs):
@@ -435,6 +439,21 @@ def test_attention_written_out_equals_the_kernel():
     torch.testing.assert_close(attend(q, k, v, mask), kernel)
 
 
+@on_gpu
+def test_a_gpu_computes_what_a_cpu_does(model):
+    there, idx = copy.deepcopy(model).cuda(), torch.randint(100, (3, 48))
+    torch.set_float32_matmul_precision("highest")           # training lets it be less
+    for one, x in ((model, idx), (there, idx.cuda())):
+        one.zero_grad()
+        one.loss(x, x.roll(-1, 1)).backward()
+    with torch.no_grad():
+        torch.testing.assert_close(there(idx.cuda())[0].cpu(), model(idx)[0], atol=1e-4, rtol=0)
+    for mine, theirs in zip(model.parameters(), there.parameters()):
+        torch.testing.assert_close(theirs.grad.cpu(), mine.grad, atol=1e-4, rtol=1e-3)
+    prompts = [[1], [5, 6, 7], list(range(20))]
+    assert there.generate(prompts, 40, temperature=0) == model.generate(prompts, 40, temperature=0)
+
+
 def test_rows_of_different_lengths_do_not_disturb_each_other(model):
     prompts = [[1, 2, 3], [4], list(range(30)), [9] * 12]
     together = model.generate(prompts, 30, temperature=0)     # passes the end of the context, too
@@ -778,6 +797,15 @@ def test_preparing_may_be_killed_at_any_moment(stories, tmp_path):
     assert {*calm} == {"train.bin", "val.bin", "meta.json", "tokenizer.tiktoken"}
     calm["meta.json"] = calm["meta.json"].replace(b'"calm"', b'"killed"')
     assert killed == calm
+
+
+@on_gpu
+@pytest.mark.parametrize("how", ["--dtype=float32", "--dtype=float16", "--compile=True"])
+def test_a_gpu_learns_what_a_cpu_does(data, tmp_path, straight, how):
+    train.train(settings(data, tmp_path, "--dtype=bfloat16", "--device=cuda", how))
+    ours, theirs = ([float(x or 0) for row in rows for x in row]
+                    for rows in (result(tmp_path)[1], straight[1]))
+    assert ours == pytest.approx(theirs, rel=0.03)
 
 
 def test_looking_more_often_changes_nothing(data, tmp_path, straight):

@@ -4,4 +4,4 @@
 """
 dataset = "tinystories"
 n_layer, n_head, n_embd, block_size = 2, 16, 1024, 512
-learning_rate = 2.5e-3
+learning_rate = 1.25e-3

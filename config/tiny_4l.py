@@ -4,4 +4,4 @@
 """
 dataset = "tinystories"
 n_layer, n_head, n_embd, block_size = 4, 12, 768, 512
-learning_rate = 3e-3
+learning_rate = 1.7e-3

@@ -4,4 +4,4 @@
 """
 dataset = "tinystories"
 n_layer, n_head, n_embd, block_size = 8, 2, 128, 512
-learning_rate = 7e-3
+learning_rate = 1e-2

@@ -4,4 +4,4 @@
 """
 dataset = "tinystories"
 n_layer, n_head, n_embd, block_size = 8, 8, 512, 512
-learning_rate = 3.5e-3
+learning_rate = 2.5e-3

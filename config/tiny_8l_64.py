@@ -4,4 +4,4 @@
 """
 dataset = "tinystories"
 n_layer, n_head, n_embd, block_size = 8, 2, 64, 512
-learning_rate = 1e-2
+learning_rate = 2e-2

@@ -2,6 +2,7 @@
 
     python study/speed.py                       # three and a half minutes on two CPU cores
     python study/speed.py --compile             # torch.compile, too (slow to start on a CPU)
+    python study/speed.py --ladder              # on a CUDA GPU: what each thing that we do is worth
     pip install transformers                    # if it is there, it is measured as well
 
 Everything is measured in turn, round after round, for machines are not the same from one minute to
@@ -10,6 +11,7 @@ shape is tiny_8l's: 8 layers of width 256, 10,000 tokens.
 """
 
 import argparse
+import dataclasses
 import math
 import multiprocessing
 import platform
@@ -19,8 +21,10 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import model                                                                    # noqa: E402
 import prepare                                                                  # noqa: E402
 from model import GPT, GPTConfig, best_dtype                                    # noqa: E402
 from train import Settings, keep_memory, make_optimizers                        # noqa: E402
@@ -28,11 +32,49 @@ from train import Settings, keep_memory, make_optimizers                        
 SHAPE = dict(vocab_size=10_000, n_layer=8, n_head=4, n_embd=256)
 NEW = 200                   # tokens that a row samples
 COPIED = 1 << 28            # bytes
+fused_attend = model.attend
 
 
 def wait(device):
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+@dataclasses.dataclass
+class Step:
+    """What a step of train.py does that it need not."""
+    compiled: bool = False
+    whole: bool = True          # all rows at once, not a quarter at a time
+    muon: bool = True           # instead of AdamW for all
+    sliced: bool = True         # the loss without ever holding all the logits
+    vocab: int = 0              # 0: that of SHAPE
+    fused: bool = True          # AdamW in one kernel
+    flash: bool = True          # attention that never writes the scores down
+    dtype: torch.dtype | None = None    # None: the best
+    tf32: bool = True           # what is float32 may be multiplied in TF32
+    width: int = 0              # 0: that of SHAPE
+
+    def config(self, T):
+        return GPTConfig(self.vocab or SHAPE["vocab_size"], T, SHAPE["n_layer"],
+                         self.width // 64 or SHAPE["n_head"], self.width or SHAPE["n_embd"])
+
+
+LADDER = [("float32, attention and loss written out, AdamW, 50,257 tokens",
+           Step(False, False, False, False, 50_257, False, False, torch.float32, False)),
+          ("TF32", dict(tf32=True)), ("bfloat16", dict(dtype=None)),
+          ("fused attention", dict(flash=True)), ("fused AdamW", dict(fused=True)),
+          ("a vocabulary of 10,000", dict(vocab=0)), ("the loss in slices", dict(sliced=True)),
+          ("Muon", dict(muon=True)), ("compiled", dict(compiled=True)),
+          ("all rows at once", dict(whole=True)),
+          ("... of width 512", dict(width=512)), ("... of width 768", dict(width=768))]
+
+
+def written_out(q, k, v, mask=None, dropout=0.0):
+    """model.attend as one would write it first; see there."""
+    T = q.size(2)
+    scores = q @ k.mT / math.sqrt(q.size(-1))                               # (B, H, T, T)
+    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    return F.softmax(scores.masked_fill(future, -math.inf), dim=-1) @ v
 
 
 # Each function below makes one thing ready and returns a function that does it once.
@@ -47,19 +89,28 @@ def copy(device):
     return lambda: b.copy_(a)
 
 
-def our_step(device, T, tokens, compiled=False):
-    """A step of train.py: bfloat16 where the device has it, Muon and AdamW, gradients clipped."""
-    model = GPT(GPTConfig(block_size=T, **SHAPE)).to(device)
-    optimizers = make_optimizers(model, Settings(), torch.device(device))
-    loss_of = torch.compile(model.loss) if compiled else model.loss
-    x, y = torch.randint(SHAPE["vocab_size"], (2, tokens // T, T), device=device)
-    dtype = best_dtype(device)
+def our_step(device, T, tokens, how=Step()):
+    """A step of train.py: forward, backward, gradients clipped, optimizers."""
+    gpt = GPT(how.config(T)).to(device)
+    if how.fused:
+        optimizers = make_optimizers(gpt, Settings(optimizer="muon" if how.muon else "adamw"),
+                                     torch.device(device))
+    else:
+        optimizers = [torch.optim.AdamW(gpt.parameters(), foreach=False)]
+    loss_of = gpt.loss if how.sliced else lambda x, y: gpt(x, y)[1]
+    loss_of = torch.compile(loss_of, dynamic=False) if how.compiled else loss_of
+    x, y = torch.randint(gpt.config.vocab_size, (2, tokens // T, T), device=device)
+    rows = len(x) if how.whole else len(x) // 4
+    dtype = how.dtype or best_dtype(device)
 
     def step():
-        with torch.autocast(device, dtype, dtype != torch.float32):
-            loss = loss_of(x, y)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.set_float32_matmul_precision("high" if how.tf32 else "highest")
+        model.attend = fused_attend if how.flash else written_out
+        for some_x, some_y in zip(x.split(rows), y.split(rows)):
+            with torch.autocast(device, dtype, dtype != torch.float32):
+                loss = loss_of(some_x, some_y) * (rows / len(x))
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -103,8 +154,8 @@ def peer_step(kind, device, T, tokens):
 
 
 def our_text(device, rows):
-    model = GPT(GPTConfig(block_size=512, **SHAPE)).to(device, best_dtype(device)).eval()
-    return lambda: model.generate([[1]] * rows, NEW)
+    gpt = GPT(Step().config(512)).to(device, best_dtype(device)).eval()
+    return lambda: gpt.generate([[1]] * rows, NEW)
 
 
 def peer_text(kind, device, rows):
@@ -167,12 +218,30 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", action="store_true", help="compiled steps, too")
+    parser.add_argument("--ladder", action="store_true", help="from the plainest step to ours")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, help="of a step (default: 4096; CUDA: 65536)")
     args = parser.parse_args(argv)
     if args.rounds < 1 or args.tokens is not None and (args.tokens < 1 or args.tokens % 512):
         parser.error("--rounds must be 1 or more, and --tokens a multiple of 512")
+    if args.ladder and not torch.cuda.is_available():
+        parser.error("--ladder is of things that matter on a CUDA GPU, and torch sees none here")
     prepare.command(study, args)
+
+
+def climb(device, T, tokens, rounds, rate):
+    """Print what each rung of the LADDER makes of a step; rate is that of the matrix product."""
+    print("\n| training step: the row above, and ... | tokens/s | of the matrix rate | memory |\n"
+          "|---|--:|--:|--:|")
+    how = Step()
+    for name, change in LADDER:
+        how = dataclasses.replace(how, **change) if isinstance(change, dict) else change
+        torch.cuda.reset_peak_memory_stats()
+        [times] = measure({"": our_step(device, T, tokens, how)}, device, rounds).values()
+        rate_here = tokens / statistics.median(times)
+        print(f"| {name} | {rate_here:,.0f} | "
+              f"{rate_here * GPT(how.config(T)).flops_per_token() / rate:.0%} | "
+              f"{torch.cuda.max_memory_allocated() / 1e9:,.1f} GB |", flush=True)
 
 
 def study(args):
@@ -187,22 +256,25 @@ def study(args):
     print("| limit | rate |\n|---|--:|")
     for kind in dict.fromkeys((torch.float32, low)):
         [times] = measure({"": product(device, size, kind)}, device, args.rounds).values()
-        print(f"| {size}³ product, {str(kind)[6:]} | "
-              f"{2 * size ** 3 / statistics.median(times) / 1e9:,.0f} GFLOP/s |")
+        rate = 2 * size ** 3 / statistics.median(times)         # in the end, of the fastest type
+        print(f"| {size}³ product, {str(kind)[6:]} | {rate / 1e9:,.0f} GFLOP/s |")
     [times] = measure({"": copy(device)}, device, args.rounds).values()
     print(f"| memory copied | {2 * COPIED / statistics.median(times) / 1e9:,.0f} GB/s |")
 
+    if args.ladder:
+        return climb(device, 512, tokens, args.rounds, rate)
     print("\n| training step | tokens/s | of the matrix rate | times GPT-Neo | peak memory |\n"
           "|---|--:|--:|--:|--:|")
     for T in (256, 512):
         makers = {f"ours, T = {T}": (our_step, device, T, tokens),
-                  f"ours, compiled, T = {T}": args.compile and (our_step, device, T, tokens, True),
+                  f"ours, compiled, T = {T}": args.compile and (our_step, device, T, tokens,
+                                                                Step(compiled=True)),
                   f"GPT-Neo, T = {T}": (peer_step, "GPT-Neo", device, T, tokens),
                   f"GPT-2, T = {T}": (peer_step, "GPT-2", device, T, tokens)}
         makers = {name: how for name, how in makers.items() if how}
         steps = {name: make(*how) for name, (make, *how) in makers.items()}
         seconds = measure({"product": product(device, size, low), **steps}, device, args.rounds)
-        work = GPT(GPTConfig(block_size=T, **SHAPE)).flops_per_token() * tokens
+        work = GPT(Step().config(T)).flops_per_token() * tokens
         for name, how in makers.items():
             if name not in seconds:
                 print(f"| {name} | transformers is not installed | | | |")
