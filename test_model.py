@@ -702,9 +702,10 @@ def test_a_stop_changes_nothing(data, tmp_path, straight, monkeypatch):
         return step_of(path, T, rows, *how)
 
     monkeypatch.setattr(train, "get_batch", stop_at_7)
+    handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as stopped:
         train.train(settings(data, tmp_path))
-    assert stopped.value.code == 130
+    assert stopped.value.code == 130 and signal.getsignal(signal.SIGINT) is handler
     checkpoint = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     assert checkpoint["step"] == 8                                          # it finished its step
     train.train(settings(data, tmp_path))                                   # the same command

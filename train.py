@@ -9,6 +9,7 @@ time: the step is finished and saved, and the same command goes on.
 """
 
 import ast
+import contextlib
 import csv
 import ctypes
 import difflib
@@ -26,8 +27,8 @@ from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 
-# Threads that wait for one another spin. Asleep instead (on Linux), they lose a twentieth of the time
-# on an idle machine, and win half of it on a busy one. This is read when torch is loaded.
+# Threads that wait for one another spin. Asleep instead (on Linux), they lose a twentieth of the
+# time on an idle machine, and win half of it on a busy one. Torch reads this when it is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import numpy as np
 import torch
@@ -492,7 +493,34 @@ def take_up(settings, folder, meta):
 
 # ------------------------------------------------------------------------------------------ main
 
+@contextlib.contextmanager
+def signals_kept():
+    """While it lasts, SIGINT and SIGTERM only go into the list that it gives; a second one ends."""
+    signals = []
+
+    def on_signal(number, frame):
+        if signals:
+            os._exit(128 + number)
+        signals.append(number)
+        if os.environ.get("RANK", "0") == "0":
+            print("\nFinishing this step, then saving (once more to leave at once) ...", flush=True)
+
+    both = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, on_signal) for number in both]
+    try:
+        yield signals
+    finally:
+        for number, handler in zip(both, before):
+            signal.signal(number, handler)
+
+
 def train(settings):
+    """One run, from where it stands to its end, or to a signal."""
+    with signals_kept() as signals:
+        learn(settings, signals)
+
+
+def learn(settings, signals):
     began = time.time()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(settings, int(os.environ.get("LOCAL_RANK", 0)))
@@ -505,16 +533,6 @@ def train(settings):
     if world > 1:
         dist.barrier()
     data, meta = find_data(settings.dataset)
-    signals = []
-
-    def on_signal(number, frame):
-        if signals:
-            os._exit(128 + number)
-        signals.append(number)
-        say("\nFinishing this step, then saving (once more to leave at once) ...")
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
     T = settings.block_size
     if meta["train"]["tokens"] < 2 * T:
         raise SystemExit(f"{data} has {meta['train']['tokens']} tokens to learn from; a block_size "
