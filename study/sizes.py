@@ -16,7 +16,6 @@ import contextlib
 import json
 import math
 import shlex
-import signal
 import time
 from pathlib import Path
 
@@ -56,11 +55,11 @@ PAIRS = {"Twice the width, as many layers (four times the parameters)": (2, 1, N
 
 def plan(name, changes=()):
     """The settings of all runs of a grid. The wider a model, the smaller its learning rate: with
-    one over the square root of the width, as in config/."""
+    one over the width, as in config/."""
     grid, runs = GRIDS[name], []
     base = train.load_config([grid["config"]])
     for width, layers, heads in grid["shapes"]:
-        rate = base.learning_rate * math.sqrt(base.n_embd / width)
+        rate = base.learning_rate * base.n_embd / width
         runs.append(train.load_config([
             grid["config"], f"--learning_rate={rate:.2g}", *grid["changes"], *changes,
             f"--n_embd={width}", f"--n_layer={layers}", f"--n_head={heads}",
@@ -86,8 +85,6 @@ def run(settings):
         except SystemExit as error:
             raise KeyboardInterrupt if error.code == 130 else error
     torch.compiler.reset()              # after some shapes, it would give up compiling
-    signal.signal(signal.SIGINT, signal.default_int_handler)        # train.py has its own
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def measure(settings, n):
