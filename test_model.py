@@ -5,6 +5,7 @@ the inside can be rewritten."""
 import argparse
 import contextlib
 import copy
+import dataclasses
 import http.server
 import json
 import math
@@ -437,6 +438,7 @@ def test_attention_written_out_equals_the_kernel():
     mask = torch.ones(9, 9, dtype=torch.bool).tril()
     kernel = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     torch.testing.assert_close(attend(q, k, v, mask), kernel)
+    torch.testing.assert_close(speed.written_out(q, k, v), kernel)
 
 
 @on_gpu
@@ -1905,6 +1907,23 @@ def test_the_speed_table_has_a_row_for_each_contestant(monkeypatch, capsys):
     assert printed.count("| ours") == 4 and printed.count("transformers is not installed") == 8
     assert all(float(line.split("|")[2].replace(",", "")) > 0 for line in printed.splitlines()
                if line.startswith("| ours"))
+
+
+def test_the_ladder_climbs_to_the_step_of_train(monkeypatch, capsys):
+    monkeypatch.setattr(speed, "SHAPE", dict(vocab_size=100, n_layer=1, n_head=2, n_embd=32))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1e9)
+    rungs = [rung for rung in speed.LADDER if rung[0] != "compiled" and "width" not in rung[0]]
+    how = rungs[0][1]
+    for _, change in rungs[1:]:
+        how = dataclasses.replace(how, **change)
+    assert how == speed.Step()
+    monkeypatch.setattr(speed, "LADDER", rungs)
+    speed.climb("cpu", 32, 256, 1, 1e12)
+    assert capsys.readouterr().out.count("1.0 GB |") == len(rungs)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        speed.main(["--ladder"])
 
 
 @pytest.fixture(scope="module")

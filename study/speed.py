@@ -42,16 +42,16 @@ def wait(device):
 
 @dataclasses.dataclass
 class Step:
-    """What a step of train.py does that it need not."""
+    """How a training step is done; as it stands here, train.py's."""
+    tf32: bool = True           # what is float32 may be multiplied in TF32
+    dtype: torch.dtype | None = None    # of most products; None: the fastest
+    flash: bool = True          # attention that never writes the scores down
+    fused: bool = True          # AdamW in one kernel
+    vocab: int = 0              # 0: that of SHAPE
+    sliced: bool = True         # the loss without ever holding all the logits
+    muon: bool = True           # instead of AdamW for all
     compiled: bool = False
     whole: bool = True          # all rows at once, not a quarter at a time
-    muon: bool = True           # instead of AdamW for all
-    sliced: bool = True         # the loss without ever holding all the logits
-    vocab: int = 0              # 0: that of SHAPE
-    fused: bool = True          # AdamW in one kernel
-    flash: bool = True          # attention that never writes the scores down
-    dtype: torch.dtype | None = None    # None: the best
-    tf32: bool = True           # what is float32 may be multiplied in TF32
     width: int = 0              # 0: that of SHAPE
 
     def config(self, T):
@@ -59,8 +59,10 @@ class Step:
                          self.width // 64 or SHAPE["n_head"], self.width or SHAPE["n_embd"])
 
 
-LADDER = [("float32, attention and loss written out, AdamW, 50,257 tokens",
-           Step(False, False, False, False, 50_257, False, False, torch.float32, False)),
+# From the plainest step to ours: what a rung is called, and what it changes in the one before.
+LADDER = [("float32, attention and loss written out, AdamW, 50,257 tokens", Step(
+              tf32=False, dtype=torch.float32, flash=False, fused=False, vocab=50_257,
+              sliced=False, muon=False, whole=False)),
           ("TF32", dict(tf32=True)), ("bfloat16", dict(dtype=None)),
           ("fused attention", dict(flash=True)), ("fused AdamW", dict(fused=True)),
           ("a vocabulary of 10,000", dict(vocab=0)), ("the loss in slices", dict(sliced=True)),
