@@ -347,9 +347,9 @@ class Judge:
         limit = "max_completion_tokens" if "api.openai.com" in self.url else "max_tokens"
         self.settings = {} if self.me else {
             "temperature": temperature, "reasoning_effort": "none", limit: longest}
-        self.client, self.models, self.key, self.lock = None, [], "", threading.Lock()
+        self.client, self.models, self.key, self.lock = None, [], "", threading.RLock()
         self.dropped, self.stop, self.code, self.failed = set(), "", 0, 0
-        self.spent, self.held = 0.0, 0.0    # dollars paid, and set aside for calls under way
+        self.spent = 0.0                    # dollars; of a call under way, the most it can cost
 
     def cost(self, tokens):
         return sum(n * price for n, price in zip(tokens, self.price or (0, 0))) / 1e6
@@ -361,7 +361,7 @@ class Judge:
         """Make the client, and see that somebody is there."""
         if self.client or self.me or self.args.dry_run:
             return
-        self.key = os.environ.get("OPENAI_API_KEY") or "none" * is_local(self.url)
+        self.key = os.environ.get("OPENAI_API_KEY") or "no-key" * is_local(self.url)
         if not re.fullmatch(r"[!-~]+", self.key) or "..." in self.key:
             fault = "it has blanks, line breaks or dots" if self.key.strip() else "it is empty"
             raise SystemExit(f"{self.url} needs a key: export OPENAI_API_KEY=... (now {fault}). "
@@ -370,10 +370,8 @@ class Judge:
         self.client = openai.OpenAI(api_key=self.key, base_url=self.args.base_url,
                                     timeout=TIMEOUT, max_retries=RETRIES)
         try:
-            known = self.client.with_options(max_retries=1, timeout=10).models.list()
+            known = self.client.with_options(max_retries=1).models.list()
             self.models = sorted(model.id for model in known.data)
-        except openai.APITimeoutError:
-            pass
         except openai.APIConnectionError as error:
             raise SystemExit(f"Cannot reach {self.url}: {error.__cause__ or error}. Check "
                              "--base-url (and SSL_CERT_FILE if it is about a certificate).")
@@ -382,7 +380,8 @@ class Judge:
 
     def halt(self, why, code=1):
         with self.lock:
-            self.stop, self.code = (self.stop, self.code) if self.stop else (why, code)
+            if not self.stop:
+                self.stop, self.code = why, code
 
     def failure(self, why):
         """Count what failed; where all fails, there is no use in asking on."""
@@ -394,47 +393,45 @@ class Judge:
 
     def ask(self, messages, **more):
         """One call -> what is stored of the reply, or the reason why there is none (a str)."""
-        most = self.cost((len(str(messages)) / 3, self.longest))        # what a call can cost
-        settings = {**self.settings, **more}
+        most = self.cost((len(str(messages)) / 3, self.longest))
+        with self.lock:
+            if self.args.max_cost is not None and self.spent + most > self.args.max_cost:
+                self.halt(f"--max-cost {self.args.max_cost} is reached", 3)
+            if self.stop:
+                return self.stop
+            self.spent += most
+        reply, paid = self.call(messages, {**self.settings, **more}), 0.0
+        if not isinstance(reply, str):
+            self.failed, paid = 0, self.cost(reply["tokens"]) if reply["tokens"] else most
+        with self.lock:
+            self.spent += paid - most
+        return reply
+
+    def call(self, messages, settings):
+        """Without the settings that the server does not take, which are found out by trying."""
+        import openai
         while True:
-            with self.lock:
-                limit, paid = self.args.max_cost, 0.0
-                if limit is not None and self.spent + self.held + most > limit and not self.stop:
-                    self.stop, self.code = f"--max-cost {limit} is reached", 3
-                if self.stop:
-                    return self.stop
-                self.held += most
-                sent = {name: settings[name] for name in settings if name not in self.dropped}
+            sent = {name: settings[name] for name in settings if name not in self.dropped}
             try:
                 reply = read_reply(self.client.chat.completions.create(
                     model=self.name, messages=messages, **sent))
-                if isinstance(reply, str):
-                    return self.failure(reply)
-                self.failed, paid = 0, self.cost(reply["tokens"]) if reply["tokens"] else most
                 return {**reply, "sent": sorted(sent)}
-            except Exception as error:
-                why = self.refused(error, sent)
-                if why:
+            except openai.APITimeoutError:
+                return self.failure(f"no answer in {TIMEOUT} s")
+            except openai.APIConnectionError as error:
+                return self.failure(f"no connection ({error.__cause__ or error})")
+            except openai.APIStatusError as error:
+                if why := self.refused(error, sent):
                     return why
-            finally:
-                with self.lock:
-                    self.spent, self.held = self.spent + paid, self.held - most
+            except Exception as error:      # no JSON, or whatever a reply can be
+                return self.failure(f"an unreadable reply ({type(error).__name__}: {error})")
 
     def refused(self, error, sent):
         """Why a call failed, or "" if the judge only does not want a setting that can be left out.
         What will not pass for any story stops the run."""
-        import openai
-        if isinstance(error, openai.APITimeoutError):
-            return self.failure(f"no answer in {TIMEOUT} s")
-        if isinstance(error, openai.APIConnectionError):
-            return self.failure(f"no connection ({error.__cause__ or error})")
-        if not isinstance(error, openai.APIStatusError):    # no JSON, or whatever a reply can be
-            return self.failure(f"an unreadable reply ({type(error).__name__})")
-        status, body = error.status_code, error.body
-        text = f"{status}: {body}" if isinstance(body, str) else str(error)
-        named = [name for name in sent if str(error.param).startswith(name)] or [
-            name for name in sent if name in text or name == "response_format"
-            and re.search("schema|format|grammar", text)]
+        status, text = error.status_code, f"Error code: {error.status_code} - {error.body}"
+        hints = {name: name for name in sent} | {"response_format": "schema|format|grammar"}
+        named = [name for name in sent if re.search(hints[name], text)]
         if status in (400, 422, 500) and named:             # llama-cpp-python says 500
             with self.lock:
                 if named[0] not in self.dropped:
@@ -453,17 +450,17 @@ class Judge:
 
 
 def read_reply(raw):
-    """What the client returned -> what is stored of it, or the reason why there is nothing."""
-    choices = getattr(raw, "choices", None)
-    if not choices:
-        return f"not a reply: {raw[:60]!r}" if isinstance(raw, str) else "a reply without choices"
-    message, usage = choices[0].message, getattr(raw, "usage", None)
+    """What is stored of what the client returned; that can be anything, and raise anything, too."""
+    if not getattr(raw, "choices", None):
+        raise ValueError(f"not a reply: {raw[:60]!r}" if isinstance(raw, str) else
+                         "a reply without choices")
+    message, usage = raw.choices[0].message, getattr(raw, "usage", None)
     text = message.content or ""
     if isinstance(text, list):              # some servers send it in parts
         text = "".join(str(part.get("text", "")) for part in text)
     tokens = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
     return {"text": text, "refusal": getattr(message, "refusal", None), "model": raw.model,
-            "finish": choices[0].finish_reason,
+            "finish": raw.choices[0].finish_reason,
             "tokens": tokens if all(isinstance(n, int) for n in tokens) else None}
 
 
@@ -489,8 +486,8 @@ def go_on(judge, what, first, calls, tokens):
 
 def ask_all(judge, ask, todo, label):
     """Call ask(item) for all, several at a time. Ctrl-C waits for the answers under way."""
-    bar, pool = prepare.Progress(label, len(todo), unit="stories"), ThreadPoolExecutor(
-        judge.args.workers)
+    bar = prepare.Progress(label, len(todo), unit="stories")
+    pool = ThreadPoolExecutor(judge.args.workers)
     try:
         ends = map(ask, todo) if judge.me else (
             job.result() for job in as_completed([pool.submit(ask, item) for item in todo]))
@@ -499,13 +496,13 @@ def ask_all(judge, ask, todo, label):
             if not judge.stop:
                 bar.show(done)
     except OSError as error:
-        judge.halt(f"Cannot write {error.filename}: {error.strerror}")
+        judge.halt(f"Cannot write what was said: {error}")
     except (KeyboardInterrupt, EOFError):
         judge.halt("Stopped", 130)
         print("" if judge.me else "\nWaiting for the answers under way (once more to leave at "
               "once) ...", file=sys.stderr)
     try:
-        pool.shutdown(cancel_futures=bool(judge.stop))
+        pool.shutdown()                     # who is still to be asked sees judge.stop
     except KeyboardInterrupt:
         os._exit(130)
 
