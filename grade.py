@@ -165,13 +165,17 @@ def settle(line):
     has none; with neither while the second turn is to come."""
     line = {key: value for key, value in line.items() if key not in ("grades", "reason")}
     last = line["replies"][-1]
-    read = parse(spoken(last), line["task"]) if spoken(last) else "an empty reply"
     if spoken(last) and len(line["replies"]) < 2:
         return line
+    read = parse(spoken(last), line["task"]) if spoken(last) else "an empty reply"
     if isinstance(read, dict):
         return {**line, "grades": read}
     cut = " (cut at its length limit)" if last["finish"] == "length" else ""
     return {**line, "reason": "a refusal" if last["refusal"] else read + cut}
+
+
+def is_settled(line):
+    return "grades" in line or "reason" in line
 
 
 # ------------------------------------------------------------------------------------- ledgers
@@ -537,13 +541,13 @@ def check_options(parser, args, name, *more):
 
 # --------------------------------------------------------------------------------- the two turns
 
-def ask_me(task, messages, more):
-    """You are the judge -> a reply like any other's, typed."""
+def ask_me(task, item, second):
+    """You are the judge -> a reply like any other's, typed. The first turn shows the page."""
     text = "(by hand)"
-    if not more:                            # the first turn: show the page, without its marks
-        page = messages[2]["content"].split("\n", 1)[1].rpartition("\n")[0]
-        print("\n" + "-" * 60 + "\n" + re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", page) + "\n")
-    while more and isinstance(parse(text, task), str):
+    if not second:                          # what could move the cursor is not shown
+        page = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", write_page(task, item))
+        print("\n" + "-" * 60 + "\n" + page + "\n")
+    while second and isinstance(parse(text, task), str):
         print(GRADE[task].partition(" Answer with")[0])
         words = input(f"{', '.join(wanted(task))}{' (as in 8 7 9 6 E)' * (task != 'probes')}: ")
         text = ", ".join(f"{name}: {word}" for name, word in zip(wanted(task), words.split()))
@@ -551,23 +555,23 @@ def ask_me(task, messages, more):
             "sent": []}
 
 
-def judge_one(judge, item):
-    """Both turns about an item. Each is written down once it is there, for it has been paid."""
-    task, first = judge.args.task, first_turn(judge.args.task, item)
-    line = item["line"] or {"task": task, "judge": judge.name, "base_url": judge.url,
-                            "version": version(task), "settings": judge.settings, "replies": []} | {
-        name: item.get(name) for name in ("key", "model", "checkpoint", "prompt", "completion",
-                                          "rep")}
-    while not {"grades", "reason"} & {*line}:
-        talk, form = second_turn(task, first, spoken(line["replies"][0])) if line["replies"] else (
-            first, {})
-        reply = ask_me(task, talk, form) if judge.me else judge.ask(talk, **form)
-        if isinstance(reply, str):
-            item["failed"] = reply          # nothing was paid: the next run asks again
+def judge_one(judge, item, lines):
+    """Both turns about an item. Each is written down once it is there, for it has been paid.
+    lines: {key: line}, which it keeps up to date."""
+    task, key, first = judge.args.task, item["key"], first_turn(judge.args.task, item)
+    lines.setdefault(key, {
+        "task": task, "judge": judge.name, "base_url": judge.url, "version": version(task),
+        "settings": judge.settings, "replies": [], **{name: item.get(name) for name in (
+            "key", "model", "checkpoint", "prompt", "completion", "rep")}})
+    while not is_settled(lines[key]):
+        replies = lines[key]["replies"]
+        talk, form = second_turn(task, first, spoken(replies[0])) if replies else (first, {})
+        reply = ask_me(task, item, bool(replies)) if judge.me else judge.ask(talk, **form)
+        if isinstance(reply, str):          # nothing was paid: the next run asks again
+            lines[key] = {**lines[key], "failed": reply}
             return
-        line = item["line"] = settle({
-            **line, "replies": line["replies"] + [reply], "date": now()})
-        append(item["folder"] / "grades.jsonl", line)
+        lines[key] = settle({**lines[key], "replies": replies + [reply], "date": now()})
+        append(item["folder"] / "grades.jsonl", lines[key])
 
 
 # --------------------------------------------------------------------------------- the statistics
@@ -708,7 +712,7 @@ def report_grades(by, models, task):
     rows = {}
     for name, items in by.items():
         counts = [bool(item["grades"]) + item["empty"] for item in items]
-        ages = sorted(item["grades"].get("age", "A") for item in items if item["grades"])
+        ages = sorted(item["grades"]["age"] for item in items if item["grades"])
         rows[name] = {metric: cell(scores(items, metric).values()) for metric in NUMBERS} | {
             "age": ages[len(ages) // 2] if ages else "-",           # the median
             "graded": counts.count(1), "empty": counts.count(2), "unscored": counts.count(0)}
@@ -813,12 +817,12 @@ def report(args, judge, items):
     by, models = group(items)
     task = args.task
     path = items[0]["folder"] / ("report.md" if task == "story" else f"report_{task}.md")
-    lines = {item["key"]: item["line"] for item in items if item["line"]}.values()
+    lines = {item["key"]: item["line"] for item in items if item["line"]["replies"]}.values()
     days = {line["date"][:10] for line in lines}
     replies = [reply for line in lines for reply in line["replies"]]
     tokens = [sum(reply["tokens"][i] for reply in replies if reply["tokens"]) for i in (0, 1)]
     least = "" if all(reply["tokens"] for reply in replies) else "at least "
-    whys = Counter(item["why"] for item in items if item["why"])
+    whys = Counter(item["why"] for item in items if not item["grades"])
     facts = {
         "asked for": judge.name, "at": judge.url or "this desk",
         "answered": ", ".join(sorted({str(reply["model"]) for reply in replies})),
@@ -847,47 +851,52 @@ def report(args, judge, items):
 # --------------------------------------------------------------------------------------- main
 
 def find_items(args, judge):
-    """The first stage -> what is to be judged, each with the line of the ledger about it."""
+    """The first stage -> what is to be judged, and what is known of that: {key: line}, of items
+    that are alike but one."""
     items, rows = [], []
     for path in dict.fromkeys(map(Path, args.runs)):
-        lines, prompts = read_stories(path, args) if path.suffix == ".jsonl" else \
+        told, prompts = read_stories(path, args) if path.suffix == ".jsonl" else \
             complete(path, args, judge)
-        if both := {line["model"] for line in lines} & {*ANCHORS, *(i["model"] for i in items)}:
+        if both := {one["model"] for one in told} & {*ANCHORS, *(one["model"] for one in items)}:
             raise SystemExit(f"Two of the inputs hold a model called {both.pop()!r}.")
-        items, rows = items + lines, rows or prompts
+        items, rows = items + told, rows or prompts
     if not items:
         raise SystemExit("There is no story to judge.")
     if args.anchors and args.task != "probes":
         items += anchors(rows, items)
-    have = {line.get("key"): line for ledger in sorted({item["folder"] for item in items})
-            for line in read_lines(ledger / "grades.jsonl")}
+    have = {line.get("key"): line for folder in sorted({item["folder"] for item in items})
+            for line in read_lines(folder / "grades.jsonl")}
+    lines = {}
     for item in items:
         if args.task == "probes":           # its first sentence is the answer
             item["completion"] = re.match(r"(?s).*?([.!?]+[\"”]?(?=\s|$)|$)",
                                           item["completion"])[0]
+        key = item["key"] = digest(judge.name, judge.url, version(args.task), judge.settings,
+                                   first_turn(args.task, item), item["rep"])
         item["empty"] = not re.search(r"\w", item["completion"])
-        item["key"] = digest(judge.name, judge.url, version(args.task), judge.settings,
-                             first_turn(args.task, item), item["rep"])
-        item["line"] = line = have.get(item["key"])
-        if args.reparse and line and line["replies"] and settle(line) != line:
-            item["line"] = have[item["key"]] = settle(line)
-            append(item["folder"] / "grades.jsonl", item["line"])
-    return items
+        if item["empty"]:                   # that is known without a judge
+            lines[key] = {"replies": [], "grades": {
+                "verdict": "wrong", **dict.fromkeys(NUMBERS, 0.0), "age": AGES[0]}}
+        elif key in have and key not in lines:
+            lines[key] = have[key]
+            if args.reparse and have[key]["replies"] and settle(have[key]) != have[key]:
+                lines[key] = settle(have[key])
+                append(item["folder"] / "grades.jsonl", lines[key])
+    return items, lines
 
 
 def grade(args):
     """All stages -> the exit code."""
     judge = Judge(args, args.judge)
-    items = find_items(args, judge)
+    items, lines = find_items(args, judge)
     if args.judge == "none":
         by, models = group(items)
         print(table({name: without_judge(by[name]) for name in models}))
         return 0
-    todo = {item["key"]: item for item in items if not item["empty"]
-            and not {"grades", "reason"} & {*(item["line"] or {})}}
+    todo = {item["key"]: item for item in items if not is_settled(lines.get(item["key"], {}))}
     queue = sorted(todo.values(), key=lambda item: item["rep"])     # stopped early, it has still
     if args.dry_run or queue and not args.reparse:                  # seen every prompt
-        calls = sum(2 - len(item["line"]["replies"] if item["line"] else []) for item in queue)
+        calls = sum(2 - len(lines[key]["replies"] if key in lines else []) for key in todo)
         talk = [first_turn(args.task, item) for item in queue or items[:1]]
         code = go_on(judge, f"{len(items)} stories and anchors, {len(queue)} of them to be judged "
                      "in two turns", talk[0], calls,                # four letters a token, twice
@@ -896,30 +905,23 @@ def grade(args):
             return code
         if judge.me:                        # blind: neither name nor order tells whose it is
             random.Random(0).shuffle(queue)
-        ask_all(judge, lambda item: judge_one(judge, item), queue, "judged")
-    if judge.code == 130:
-        print("Stopped. What was judged is kept; the same command goes on.", file=sys.stderr)
-        return 130
+        ask_all(judge, lambda item: judge_one(judge, item, lines), queue, "judged")
     for item in items:
-        same = todo.get(item["key"], item)                          # stories alike have one line
-        line = item["line"] = same["line"]
-        item["grades"] = (line or {}).get("grades")
-        if item["empty"]:
-            item["grades"] = {"verdict": "wrong", **dict.fromkeys(NUMBERS, 0.0)}
-        item["why"] = not item["grades"] and ((line or {}).get("reason") or same.get(
-            "failed", "not asked yet"))
-    if any(item["grades"] for item in items):
+        line = item["line"] = lines.get(item["key"], {"replies": []})
+        item["grades"] = line.get("grades")
+        item["why"] = line.get("reason") or line.get("failed", "not asked yet")
+    bad = [item for item in items if not item["grades"]]
+    if len(bad) == len(items):
+        print(f"Nothing is scored yet ({bad[0]['why']}).")
+    elif judge.code != 130:                 # who stops it does not wait for a report
         report(args, judge, items)
-    else:
-        print(f"Nothing is scored yet ({items[0]['why']}).")
-    bad = sum(not item["grades"] for item in items)
     if judge.stop:
-        print(f"{judge.stop}. Graded: {len(items) - bad} of {len(items)}{judge.paid()}. The same "
-              "command goes on.", file=sys.stderr)
+        print(f"{judge.stop}. Graded: {len(items) - len(bad)} of {len(items)}{judge.paid()}. The "
+              "same command goes on.", file=sys.stderr)
         return judge.code
-    if bad > 0.05 * len(items):
-        print(f"{bad} of {len(items)} are unscored: do not trust the means. The same command asks "
-              "again where no answer came.", file=sys.stderr)
+    if len(bad) > 0.05 * len(items):
+        print(f"{len(bad)} of {len(items)} are unscored: do not trust the means. The same command "
+              "asks again where no answer came.", file=sys.stderr)
         return 3
     return 0
 

@@ -1239,7 +1239,8 @@ def test_a_ruler_out_of_order_measures_nothing():
     def rows(name, *grades):
         return [{"model": name, "prompt": str(i), "completion": "x", "empty": False,
                  "line": {"replies": [{"text": "So so."}]},
-                 "grades": dict.fromkeys(grade.NUMBERS, mark)} for i, mark in enumerate(grades)]
+                 "grades": {**dict.fromkeys(grade.NUMBERS, mark), "age": "C"}}
+                for i, mark in enumerate(grades)]
 
     def told(*ends):
         by = {"m": rows("m", 5.0, 6.0), **{name: rows(name, mark, mark)
