@@ -599,54 +599,12 @@ def scores(items, name):
     return found
 
 
-def hashes(ids, k=5):
-    """One number for each k-gram of token ids."""
-    ids, prime = np.asarray(ids, np.uint64), np.uint64(0x9E3779B97F4A7C15)
-    total = np.zeros(max(len(ids) - k + 1, 0), np.uint64)
-    for i in range(k):
-        total = (total + ids[i:len(total) + i] + np.uint64(1)) * prime
-    return total
-
-
-def finder(grams):
-    """For a sorted array of hashes, a function: other hashes -> where in them one of the grams
-    stands, and which."""
-    may = np.zeros(1 << 24, bool)
-    may[grams >> np.uint64(40)] = True                      # a look here spares most searches
-
-    def find(there):
-        where = np.flatnonzero(may[there >> np.uint64(40)])
-        found = there[where]
-        which = np.minimum(np.searchsorted(grams, found), len(grams) - 1)
-        hit = grams[which] == found
-        return where[hit], which[hit]
-
-    return find
-
-
 def training_file(folder, data=None):
     """The train.bin which a run learned from, in the folder `data` or where its meta.json says; or
     None if it is not there, or not the same any more."""
     meta = {"dataset": "unknown", "train": {"tokens": 0}, **read_meta(folder)}
     path = Path(data or prepare.HERE / "data" / meta["dataset"]) / "train.bin"
     return path if path.is_file() and path.stat().st_size == 2 * meta["train"]["tokens"] else None
-
-
-def new_5grams(texts, folder):
-    """The share of the texts' 5-grams (of tokens) that are not in the file which the run learned
-    from, read in pieces, for it may be larger than the memory; or why it is not known."""
-    path = training_file(folder)
-    if not path:
-        return "no train.bin"
-    tokenizer = prepare.load_tokenizer(folder)
-    mine = np.concatenate([hashes(tokenizer.encode_ordinary(text)) for text in texts])
-    grams, place = np.unique(mine, return_inverse=True)
-    seen, find = np.zeros(len(grams), bool), finder(grams)
-    with open(path, "rb") as file:
-        for start in range(0, path.stat().st_size * bool(len(grams)), 1 << 21):
-            file.seek(max(start - 8, 0))                    # some lie across the edge of a piece
-            seen[find(hashes(np.frombuffer(file.read((1 << 21) + 8), np.uint16)))[1]] = True
-    return f"{1 - seen[place].mean():.1%}" if len(grams) else "-"
 
 
 def group(items):
@@ -679,7 +637,12 @@ def without_judge(items):
         for name, marks in obeyed(item, text).items():
             shares.setdefault(name, []).extend(marks)
     row |= {name: f"{np.mean(each):.0%}" for name, each in shares.items() if each}
-    return row | {"new 5-grams": new_5grams(texts, items[0]["folder"])}
+    row["new 5-grams"], path = "no train.bin", training_file(items[0]["folder"])
+    if path:
+        from study.copying import unseen                    # and torch
+        encode = prepare.load_tokenizer(items[0]["folder"]).encode_ordinary
+        row["new 5-grams"] = unseen([encode(text) for text in texts], path)
+    return row
 
 
 # ------------------------------------------------------------------------------------- the report

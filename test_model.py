@@ -1213,10 +1213,6 @@ def test_what_grade_imports_and_measures(tmp_path):
     code = "import sys, grade; assert not {'torch', 'openai', 'matplotlib'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE)
     assert grade.interval([[4, 6], [8]]) == pytest.approx((6, 5, 8), abs=0.1)
-    ids = np.arange(3_000_000) * 7919 % 5000
-    whole = grade.hashes(ids)
-    assert len(whole) == len(ids) - 4 and len(np.unique(whole)) == 5000
-    assert len(grade.hashes([1, 2, 3])) == 0
     words = {"beginnings.txt": 50, "instructions.jsonl": 50, "probes.jsonl": 24}
     for (task, name) in grade.FILES.items():
         asked = argparse.Namespace(prompts=None, task=task)
@@ -1399,7 +1395,7 @@ def test_a_released_model_is_fetched_once_and_is_a_run(tmp_path, monkeypatch, ca
     monkeypatch.setattr(prepare, "HERE", tmp_path)          # a data set in tokens of another kind
     (tmp_path / "data" / "instruct").mkdir(parents=True)
     (tmp_path / "data" / "instruct" / "train.bin").write_bytes(b"1234")
-    assert grade.new_5grams(["Once upon a time"], file.parent) == "no train.bin"
+    assert grade.training_file(file.parent) is None
     with pytest.raises(SystemExit, match="Cannot download .*TinyStories-1M"):
         sample.find_run("roneneldan/TinyStories-1M")
 
@@ -1448,8 +1444,13 @@ def test_looking_for_copies_in_pieces_equals_looking_at_all(tmp_path, monkeypatc
     def grams(text, k):
         return [tuple(map(int, text[i:i + k])) for i in range(len(text) - k + 1)]
 
+    assert len(np.unique(copying.hashes(np.arange(3_000_000) * 7919 % 5000))) == 5000
+    assert copying.unseen([[1, 2, 3]], path) == "-"             # too short to have one
+    there = {*grams(np.fromfile(path, np.uint16), 3)}
+    share = np.mean([gram not in there for text in texts for gram in grams(text, 3)])
     for piece in (1, 100, 10_000):
         monkeypatch.setattr(copying, "PIECE", piece)
+        assert copying.unseen(texts, path, 3) == f"{share:.1%}"
         seen, near = copying.search(path, ends, texts, begun)
         for i, text in enumerate(texts):
             for k in copying.KS:

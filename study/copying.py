@@ -40,6 +40,31 @@ PAPER = {"(a) 2-grams in the true ending": "nearly all under 0.25",     # what i
          "(d) 3-grams in the nearest story": "most often 0.1-0.25"}
 
 
+def hashes(ids, k=5):
+    """One number for each k-gram of token ids."""
+    ids, prime = np.asarray(ids, np.uint64), np.uint64(0x9E3779B97F4A7C15)
+    total = np.zeros(max(len(ids) - k + 1, 0), np.uint64)
+    for i in range(k):
+        total = (total + ids[i:len(total) + i] + np.uint64(1)) * prime
+    return total
+
+
+def finder(grams):
+    """For a sorted array of hashes, a function: other hashes -> where in them one of the grams
+    stands, and which."""
+    may = np.zeros(1 << 24, bool)
+    may[grams >> np.uint64(40)] = True                      # a look here spares most searches
+
+    def find(there):
+        where = np.flatnonzero(may[there >> np.uint64(40)])
+        found = there[where]
+        which = np.minimum(np.searchsorted(grams, found), len(grams) - 1)
+        hit = grams[which] == found
+        return where[hit], which[hit]
+
+    return find
+
+
 def find_ends(path, eot):
     """Where in a token file its stories end."""
     return np.flatnonzero(np.memmap(path, np.uint16, "r") == eot)
@@ -53,7 +78,7 @@ def read_story(path, ends, number):
 def members(texts, k):
     """The k-grams of some texts (hashes, sorted, each once), and which text has which: (grams,
     texts) of 0 and 1."""
-    mine = [np.unique(grade.hashes(text, k)) for text in texts]
+    mine = [np.unique(hashes(text, k)) for text in texts]
     grams = np.unique(np.concatenate(mine))
     held = torch.zeros(len(grams), len(texts))
     for i, one in enumerate(mine):
@@ -67,7 +92,7 @@ def search(path, ends, texts, begun):
     -> {k: for each text, how often each of its k-grams occurs}, and {k: for each text, the largest
     share of its k-grams that one story has, and the number of that story}."""
     known = {k: members(texts, k) for k in KS}
-    find = {k: grade.finder(grams) for k, (grams, _) in known.items()}
+    find = {k: finder(grams) for k, (grams, _) in known.items()}
     counts = {k: np.zeros(len(grams), np.int64) for k, (grams, _) in known.items()}
     most = {k: np.zeros(len(texts)) for k in NEAR}
     nearest = {k: np.zeros(len(texts), np.int64) for k in NEAR}
@@ -80,7 +105,7 @@ def search(path, ends, texts, begun):
         story = stories.repeat(np.diff(ends[first:last], prepend=start - 1))    # of each token
         ids[np.isin(story, np.subtract(begun, first))] = ids[-1]        # no text has an end mark
         for k, (grams, held) in known.items():
-            where, which = find[k](grade.hashes(ids, k))
+            where, which = find[k](hashes(ids, k))
             counts[k] += np.bincount(which, minlength=len(grams))
             if k in NEAR:
                 pairs = np.unique(story[where] * len(grams) + which)    # each once a story
@@ -96,9 +121,20 @@ def search(path, ends, texts, begun):
     return seen, {k: (most[k], nearest[k]) for k in NEAR}
 
 
+def unseen(texts, path, k=5):
+    """The share of all k-grams of some texts that are not in a token file, as grade.py shows it."""
+    mine = np.concatenate([hashes(text, k) for text in texts])
+    grams, place = np.unique(mine, return_inverse=True)
+    seen, find, data = np.zeros(len(grams), bool), finder(grams), np.memmap(path, np.uint16, "r")
+    for start in range(0, len(data), PIECE):
+        piece = data[start:start + PIECE + k - 1]           # some lie across the edge of a piece
+        seen[find(hashes(piece, k))[1]] = True
+    return f"{1 - seen[place].mean():.1%}" if len(grams) else "-"
+
+
 def precision(text, other, k=2):
     """The share of a text's k-grams that are in another text."""
-    return np.isin(np.unique(grade.hashes(text, k)), grade.hashes(other, k)).mean()
+    return np.isin(np.unique(hashes(text, k)), hashes(other, k)).mean()
 
 
 def most_alike(texts, k=2):
@@ -134,7 +170,7 @@ def draw(path, shared, seen, title):
 def marked(tokenizer, ids, other, k=3):
     """A text as HTML in a cell of a table; what it shares with another, from k tokens on, bold."""
     bold = np.zeros(len(ids), bool)
-    for start in np.flatnonzero(np.isin(grade.hashes(ids, k), grade.hashes(other, k))):
+    for start in np.flatnonzero(np.isin(hashes(ids, k), hashes(other, k))):
         bold[start:start + k] = True
     text, edges = "", np.flatnonzero(np.diff(bold)) + 1
     for run, on in zip(np.split(ids, edges), bold[[0, *edges]]):
