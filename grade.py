@@ -141,22 +141,24 @@ def spoken(reply):
 def parse(text, task):
     """What a judge wrote -> {name: grade}, or the reason why it cannot be counted (a str). What is
     missing, unclear or said in two ways is not guessed: better no grade than a wrong one."""
-    grades, signs = {}, r"[\"'*_`\s]*"                     # of JSON and Markdown
-    # The last JSON object that grades, or the whole text:
-    spans = [span for span in re.findall(r"\{[^{}]*\}", text)
-             if any(name in span.lower() for name in wanted(task))]
+    text, grades = re.sub(r"[\"'*_`\s]+", " ", text), {}           # signs of JSON and Markdown
+    for span in re.findall(r"\{[^{}]*\}", text):                  # the last JSON that grades
+        if any(name in span.lower() for name in wanted(task)):
+            text = span
     for name, choices in wanted(task).items():
-        kind = "|".join(choices or [r"-?\d[\d.]*(?: *(?:/|out of) *\d+)?"])
-        said = {*re.findall(rf"(?i)\b{name}(?:[ _]group)?{signs}(?:[:=|]|\bis\b){signs}({kind})\b"
-                            r"(?![-–,]\d)", spans[-1] if spans else text)}     # no 7,5 and no 8-9
-        form = kind if choices else r"(\d+(?:\.\d+)?)(?: *(?:/|out of) *10)?$"
-        found = re.match("(?i)" + form, min(said, default=""))
-        if len(said) != 1 or not found:
+        kind = "|".join(choices) if choices else r"-?\d[\d.]*(?: *(?:/|out of) *\d+)?"
+        said = {*re.findall(rf"(?i)\b{name}(?: group)? ?(?:[:=|]|\bis\b) ?({kind})\b"
+                            r"(?![-–,]\d)", text)}                # no 7,5 and no 8-9
+        if len(said) != 1:
             return f"no single {name}: " + (" and ".join(sorted(said)) or "none")[:60]
-        grades[name] = float(found[1]) if not choices else \
-            found[0].upper() if choices == AGES else found[0].lower()
-        if not choices and grades[name] > 10:
-            return f"{name} is out of range: {found[0]}"
+        [word] = said
+        if choices:
+            grades[name] = word.upper() if choices == AGES else word.lower()
+            continue
+        number = re.fullmatch(r"(?i)(\d+(?:\.\d+)?)(?: *(?:/|out of) *10)?", word)
+        if not number or float(number[1]) > 10:
+            return f"{name} is out of range: {word}"
+        grades[name] = float(number[1])
     return grades
 
 
