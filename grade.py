@@ -668,80 +668,86 @@ def of_the_paper(items):
     """The paper's row about the shape of a run, or {}: it did not tell the sample's stories."""
     with open(prepare.HERE / "data" / "paper.csv", newline="", encoding="utf-8") as file:
         rows = {(int(row["width"]), int(row["layers"])): row for row in csv.DictReader(file)}
-    return rows.get(tuple(items[0].get("shape", ())), {}) \
-        if items[0].get("dataset") not in prepare.SAMPLES else {}
+    told = items[0].get("dataset") in prepare.SAMPLES
+    return {} if told else rows.get(tuple(items[0].get("shape", ())), {})
 
 
 def report_grades(by, models, task):
     """by: {name: items} -> the sections about grades out of ten."""
     rows = {}
     for name, items in by.items():
-        counts = [bool(item["grades"]) + item["empty"] for item in items]
         ages = sorted(item["grades"]["age"] for item in items if item["grades"])
+        empty = sum(item["empty"] for item in items)
+        paper, theirs = of_the_paper(items), {"story": NUMBERS, "instruct": ["instruct"]}[task]
         rows[name] = {metric: cell(scores(items, metric).values()) for metric in NUMBERS} | {
             "age": ages[len(ages) // 2] if ages else "-",           # the median
-            "graded": counts.count(1), "empty": counts.count(2), "unscored": counts.count(0)}
-        for metric, theirs in of_the_paper(items).items():
-            if task == "story" and metric in NUMBERS or (task, metric) == ("instruct", "instruct"):
-                rows[name][f"paper: {metric}"] = theirs
-    parts = [table(rows), "Out of ten: means and 95 % intervals, by bootstrap over prompts. The "
-             "age is the middle one of A (3 or under) to F (13-16). A story without a letter is "
-             "empty: it is not sent, and is 0 in all four, and A. The paper's columns, where there "
-             "are any, are its Figure 4 for the same width and layers; but another judge is "
-             "another ruler."]
+            "graded": len(ages) - empty, "empty": empty, "unscored": len(items) - len(ages),
+            **{f"paper: {metric}": paper[metric] for metric in theirs if metric in paper}}
+    parts = [table(rows), f"![grades](grades_{task}.png)", "Out of ten: means and 95 % intervals, "
+             "by bootstrap over prompts. The age is the middle one of A (3 or under) to F (13-16). "
+             "A story without a letter is empty: it is not sent, and is 0 in all four, and A. The "
+             "paper's columns, where there are any, are its Figure 4 for the same width and "
+             "layers; but another judge is another ruler."]
     if any(len(scores(by[model], "all")) < 10 for model in models):
         parts.append("Fewer than ten prompts: too few to trust the intervals.")
-
-    ruler = {name: scores(by[name], "all") for name in ANCHORS if name in by}
-    means = {name: interval(found.values())[0] for name, found in ruler.items() if found}
-    if len(means) > 1:
-        (top, *_, low), marks = means, [*means.values()]
-        falls = all(better > worse for better, worse in zip(marks, marks[1:]))
-        parts += ["## The ruler", f"The judge {'puts' if falls else 'does NOT put'} the anchors in "
-                  "order: " + ", ".join(f"{name} {mean:.2f}" for name, mean in means.items()) + "."]
-        for model in models if falls else []:
-            here = [group for prompt, group in scores(by[model], "all").items()
-                    if prompt in ruler[low]]
-            if here:
-                place = (interval(here)[0] - means[low]) / (means[top] - means[low])
-                parts.append(f"* {model}: at {place:.0%} of the way from {low} to {top}, on the "
-                             f"{len(here)} prompts that have anchors")
+    parts += ruler(by, models)
     if len(models) > 1:
-        rows = {model: {} for model in models[1:]}
-        for model in models[1:]:
-            for metric in NUMBERS:
-                one, first = scores(by[model], metric), scores(by[models[0]], metric)
-                gaps = [[np.mean(one[prompt]) - np.mean(first[prompt])] for prompt in one
-                        if prompt in first]
-                rows[model][metric] = cell(gaps, "+.2f")
-            rows[model]["prompts"] = len(gaps)
-        parts += [f"## Better or worse than {models[0]}, prompt by prompt", table(rows)]
+        parts += [f"## Better or worse than {models[0]}, prompt by prompt", table(
+            {model: compare(by[model], by[models[0]]) for model in models[1:]})]
 
     graded = sorted((item for model in models for item in by[model] if item["grades"]
                      and not item["empty"]), key=lambda item: sum(map(item["grades"].get, NUMBERS)))
     for title, item in (("best", graded[-1]), ("worst", graded[0])) if graded else ():
-        parts += [f"## The {title} story", f"By {item['model']}: " + ", ".join(
-            f"{name} {grade}" for name, grade in item["grades"].items()) + ".",
-            quote(write_page(task, item)), "The teacher:",
-            quote(spoken(item["line"]["replies"][0]))]
+        marks = ", ".join(f"{name} {grade}" for name, grade in item["grades"].items())
+        parts += [f"## The {title} story", f"By {item['model']}: {marks}.",
+                  quote(write_page(task, item)), "The teacher:",
+                  quote(spoken(item["line"]["replies"][0]))]
     return parts
+
+
+def ruler(by, models):
+    """What the anchors say of the judge and, if it puts them in order, where models lie between."""
+    known = {name: scores(by[name], "all") for name in ANCHORS if name in by}
+    means = {name: interval(found.values())[0] for name, found in known.items() if found}
+    if len(means) < 2:
+        return []
+    (top, *_, low), marks = means, [*means.values()]
+    falls = all(better > worse for better, worse in zip(marks, marks[1:]))
+    parts = ["## The ruler", f"The judge {'puts' if falls else 'does NOT put'} the anchors in "
+             "order: " + ", ".join(f"{name} {mean:.2f}" for name, mean in means.items()) + "."]
+    for model in models if falls else []:
+        here = [group for prompt, group in scores(by[model], "all").items() if prompt in known[low]]
+        if here:
+            place = (interval(here)[0] - means[low]) / (means[top] - means[low])
+            parts.append(f"* {model}: at {place:.0%} of the way from {low} to {top}, on the "
+                         f"{len(here)} prompts that have anchors")
+    return parts
+
+
+def compare(items, others):
+    """How much better some stories are than others that begin alike -> {metric: cell}."""
+    row = {}
+    for metric in NUMBERS:
+        one, two = scores(items, metric), scores(others, metric)
+        gaps = [[np.mean(one[prompt]) - np.mean(two[prompt])] for prompt in one if prompt in two]
+        row[metric] = cell(gaps, "+.2f")
+    return {**row, "prompts": len(gaps)}
 
 
 def report_probes(by, models):
     """The sections about right, partly right and wrong, as in the paper's Figures 9-11."""
     rows, said = {}, {}
     for model in models:
-        counts = Counter()
+        counts, paper = {}, of_the_paper(by[model])
         for item in by[model]:
             verdict = (item["grades"] or {}).get("verdict", "unscored")
-            counts[item.get("kind", "all"), verdict] += 1
+            counts.setdefault(item.get("kind", "all"), Counter())[verdict] += 1
             said.setdefault(item["prompt"], {})[model] = f"{item['completion']} [{verdict}]"
-        kinds = list(dict.fromkeys(kind for kind, _ in counts))
-        rows[model] = {kind: "/".join(str(counts[kind, verdict]) for verdict in VERDICTS)
-                       for kind in kinds}
-        rows[model]["unscored"] = sum(counts[kind, "unscored"] for kind in kinds)
-        theirs = {kind: of_the_paper(by[model]).get(kind) for kind in kinds}
-        rows |= {f"the paper's like {model}": theirs} if all(theirs.values()) else {}
+        rows[model] = {kind: "/".join(str(count[verdict]) for verdict in VERDICTS)
+                       for kind, count in counts.items()}
+        rows[model]["unscored"] = sum(count["unscored"] for count in counts.values())
+        if all(paper.get(kind) for kind in counts):
+            rows[f"the paper's like {model}"] = {kind: paper[kind] for kind in counts}
     return [table(rows), "Right / partly / wrong. The paper's rows are of other prompts and "
             "another judge.", "## What they said", table(said)]
 
@@ -777,18 +783,15 @@ def draw(path, by):
     prepare.write_picture(path, figure)
 
 
-def report(args, judge, items):
-    """Write the report into the folder of the first pupil, and its tables to the terminal."""
-    by, models = group(items)
-    task = args.task
-    path = items[0]["folder"] / ("report.md" if task == "story" else f"report_{task}.md")
+def about_judge(judge, task, items):
+    """Whom this was asked of, how, when, and for how much -> {fact: text}."""
     lines = {item["key"]: item["line"] for item in items if item["line"]["replies"]}.values()
     days = {line["date"][:10] for line in lines}
     replies = [reply for line in lines for reply in line["replies"]]
     tokens = [sum(reply["tokens"][i] for reply in replies if reply["tokens"]) for i in (0, 1)]
     least = "" if all(reply["tokens"] for reply in replies) else "at least "
     whys = Counter(item["why"] for item in items if not item["grades"])
-    facts = {
+    return {
         "asked for": judge.name, "at": judge.url or "this desk",
         "answered": ", ".join(sorted({str(reply["model"]) for reply in replies})),
         "dates": " to ".join(dict.fromkeys((min(days), max(days)))) if days else "-",
@@ -797,13 +800,19 @@ def report(args, judge, items):
         "replies": len(replies), "tokens in and out": f"{least}{tokens[0]:,} and {tokens[1]:,}",
         "cost": f"{least}${judge.cost(tokens):.2f}" if judge.price else "unknown",
         "unscored": "; ".join(f"{n} x {why}" for why, n in whys.most_common(9)) or "none"}
+
+
+def report(task, judge, items):
+    """Write the report into the folder of the first pupil, and its tables to the terminal."""
+    by, models = group(items)
+    path = items[0]["folder"] / ("report.md" if task == "story" else f"report_{task}.md")
+    facts = about_judge(judge, task, items)
     free = table({name: without_judge(by[name]) for name in models})
     if task == "probes":
         parts = report_probes(by, models)
     else:
         parts = report_grades(by, models, task)
         draw(path.with_name(f"grades_{task}.png"), by)
-        parts.insert(1, f"![grades](grades_{task}.png)")
     text = [f"# {', '.join(models)}: graded by {judge.name} ({task})", *parts,
             "## What needs no judge", free, "Shares of distinct words, pairs and triples compare "
             "only between equal numbers of stories.", "## The judge",
@@ -879,7 +888,7 @@ def grade(args):
     if len(bad) == len(items):
         print(f"Nothing is scored yet ({bad[0]['why']}).")
     elif judge.code != 130:                 # who stops it does not wait for a report
-        report(args, judge, items)
+        report(args.task, judge, items)
     if judge.stop:
         print(f"{judge.stop}. Graded: {len(items) - len(bad)} of {len(items)}{judge.paid()}. The "
               "same command goes on.", file=sys.stderr)
