@@ -18,6 +18,7 @@ import argparse
 import csv
 import hashlib
 import ipaddress
+import itertools
 import json
 import os
 import random
@@ -109,26 +110,27 @@ def write_page(task, item):
     return given + "***" + item["completion"]
 
 
-def first_turn(task, item):
-    """The messages that ask for an assessment. They take turns, as some models insist. The page has
-    a message of its own, between lines that are made from its hash: it cannot hold them."""
+def talk(task, item, replies=()):
+    """The messages up to the next question, which asks for an assessment or, after a reply, for
+    grades. They take turns, as some models insist. The page has a message of its own, between lines
+    that are made from its hash: it cannot hold them."""
     page = write_page(task, item)
     line = f"=== {digest(page)} ==="
-    texts = (EXERCISE[task] + PAGE + line, "Show me the page, please.", f"{line}\n{page}\n{line}",
-             "What do you want to know about it?", ASSESS[task] + item.get("right", ""))
+    texts = [EXERCISE[task] + PAGE + line, "Show me the page, please.", f"{line}\n{page}\n{line}",
+             "What do you want to know about it?", ASSESS[task] + item.get("right", "")]
+    for reply in replies:
+        texts += [spoken(reply), GRADE[task]]
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
-def second_turn(task, messages, said):
-    """The messages that ask for grades, and the format to which some servers can hold a model."""
+def form(task):
+    """The form of the grades, to which some servers can hold a model."""
     kinds = {name: {"enum": choices} if choices else {"type": "number"}
              for name, choices in wanted(task).items()}
     schema = {"type": "object", "properties": kinds, "required": list(kinds),
               "additionalProperties": False}
-    form = {"type": "json_schema",
-            "json_schema": {"name": "grades", "strict": True, "schema": schema}}
-    return messages + [{"role": "assistant", "content": said},
-                       {"role": "user", "content": GRADE[task]}], {"response_format": form}
+    return {"type": "json_schema", "json_schema": {"name": "grades", "strict": True,
+                                                   "schema": schema}}
 
 
 # ------------------------------------------------------------------- what the judge has answered
@@ -204,8 +206,10 @@ def read_lines(path):
         try:
             line = json.loads(text) if text.strip() else None
         except (ValueError, RecursionError):
-            line = print(f"{path}: line {number} is cut; it is left out", file=sys.stderr)
-        lines += [line] if isinstance(line, dict) else []
+            line = None
+            print(f"{path}: line {number} is cut; it is left out", file=sys.stderr)
+        if isinstance(line, dict):
+            lines.append(line)
     return lines
 
 
@@ -229,18 +233,20 @@ def read_prompts(args, sample=False):
             rows.append({**row, "prompt": prepare.instructions(asked)} if asked else row)
     else:
         with open(path, encoding="utf-8-sig", errors="replace") as file:
-            text = file.read(1 << 20)
-        for story in map(str.strip, text.split(prepare.MARK)[1:-1][:50]):   # of a data set
-            if cut := re.compile(r"\s").search(story, 2 * len(story) // 5):
-                rows.append({"prompt": story[:cut.start()], "ending": story[cut.start():]})
-        for line in text.split("\n") if not rows else []:
+            first, *stories = file.read(1 << 20).split(prepare.MARK)
+        whole = [story.strip() for story in stories[:-1] if story.strip()]
+        for story in whole[:50]:                            # of a data set
+            fifths = 2 * len(story) // 5                    # not every language has blanks
+            cut = max(story.find(" ", fifths), fifths)
+            rows.append({"prompt": story[:cut], "ending": story[cut:]})
+        for line in first.split("\n") if not stories else []:
             if line.strip() and line[0] != "#":
                 given, _, ending = line.removeprefix("+ ").replace("\\n", "\n").partition("***")
                 rows.append({"prompt": given, "ending": ending, "sample": line[:2] == "+ "})
     rows = [{**row, "prompt": str(row.get("prompt", "")).rstrip()}  # a blank is the next word's
             for row in rows if not sample or args.prompts or row.get("sample")]
-    if not rows or any(not row["prompt"] or args.task == "probes" and "right" not in row
-                       for row in rows):
+    needs = "right" if args.task == "probes" else "prompt"
+    if not rows or not all(row["prompt"] and row.get(needs) for row in rows):
         raise SystemExit(f"{path} does not hold what --task {args.task} needs; data/"
                          f"{FILES[args.task]} does.")
     return rows
@@ -278,8 +284,7 @@ def complete(path, args, judge):
                    for key in missing[:1 if args.dry_run else None]]
             told = model.generate(ids, stop=tokenizer.eot_token, seed=1000 * args.seed + rep, **how)
             print(f"{name}: told {rep + 1} of {args.n} times", file=sys.stderr)
-        for i, key in enumerate(missing):
-            tokens = told[i % len(told)]
+        for key, tokens in zip(missing, itertools.cycle(told)):
             have[key] = {"key": key, "model": name, "checkpoint": checkpoint, "rep": rep,
                          "dataset": dataset, "shape": [model.config.n_embd, model.config.n_layer],
                          "prompt": keys[key]["prompt"], "completion": tokenizer.decode(tokens),
@@ -369,9 +374,8 @@ class Judge:
             return
         self.key = os.environ.get("OPENAI_API_KEY") or "no-key" * is_local(self.url)
         if not re.fullmatch(r"[!-~]+", self.key) or "..." in self.key:
-            fault = "it has blanks, line breaks or dots" if self.key.strip() else "it is empty"
-            raise SystemExit(f"{self.url} needs a key: export OPENAI_API_KEY=... (now {fault}). "
-                             "--dry-run needs none, nor does a server on this machine.")
+            raise SystemExit(f"{self.url} needs a key, without blanks, line breaks or dots: export "
+                             "OPENAI_API_KEY=... (--dry-run needs none, nor does a server here.)")
         import openai
         self.client = openai.OpenAI(api_key=self.key, base_url=self.args.base_url,
                                     timeout=TIMEOUT, max_retries=RETRIES)
@@ -560,15 +564,16 @@ def ask_me(task, item, second):
 def judge_one(judge, item, lines):
     """Both turns about an item. Each is written down once it is there, for it has been paid.
     lines: {key: line}, which it keeps up to date."""
-    task, key, first = judge.args.task, item["key"], first_turn(judge.args.task, item)
+    task, key = judge.args.task, item["key"]
     lines.setdefault(key, {
         "task": task, "judge": judge.name, "base_url": judge.url, "version": version(task),
         "settings": judge.settings, "replies": [], **{name: item.get(name) for name in (
             "key", "model", "checkpoint", "prompt", "completion", "rep")}})
     while not is_settled(lines[key]):
         replies = lines[key]["replies"]
-        talk, form = second_turn(task, first, spoken(replies[0])) if replies else (first, {})
-        reply = ask_me(task, item, bool(replies)) if judge.me else judge.ask(talk, **form)
+        more = {"response_format": form(task)} if replies else {}
+        reply = ask_me(task, item, bool(replies)) if judge.me else \
+            judge.ask(talk(task, item, replies), **more)
         if isinstance(reply, str):          # nothing was paid: the next run asks again
             lines[key] = {**lines[key], "failed": reply}
             return
@@ -846,7 +851,7 @@ def find_items(args, judge):
             item["completion"] = re.match(r"(?s).*?([.!?]+[\"”]?(?=\s|$)|$)",
                                           item["completion"])[0]
         key = item["key"] = digest(judge.name, judge.url, version(args.task), judge.settings,
-                                   first_turn(args.task, item), item["rep"])
+                                   talk(args.task, item), item["rep"])
         item["empty"] = not re.search(r"\w", item["completion"])
         if item["empty"]:                   # that is known without a judge
             lines[key] = {"replies": [], "grades": {
@@ -871,10 +876,10 @@ def grade(args):
     queue = sorted(todo.values(), key=lambda item: item["rep"])     # stopped early, it has still
     if args.dry_run or queue and not args.reparse:                  # seen every prompt
         calls = sum(2 - len(lines[key]["replies"] if key in lines else []) for key in todo)
-        talk = [first_turn(args.task, item) for item in queue or items[:1]]
+        asked = [talk(args.task, item) for item in queue or items[:1]]
         code = go_on(judge, f"{len(items)} stories and anchors, {len(queue)} of them to be judged "
-                     "in two turns", talk[0], calls,                # four letters a token, twice
-                     (len(str(talk)) // 2 + 400 * len(queue), 250 * len(queue)))
+                     "in two turns", asked[0], calls,               # four letters a token, twice
+                     (len(str(asked)) // 2 + 400 * len(queue), 250 * len(queue)))
         if code or args.dry_run:
             return code
         if judge.me:                        # blind: neither name nor order tells whose it is
