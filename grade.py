@@ -393,69 +393,68 @@ class Judge:
             if not self.stop:
                 self.stop, self.code = why, code
 
-    def failure(self, why):
-        """Count what failed; where all fails, there is no use in asking on."""
-        self.failed += 1
-        why = " ".join(str(why).replace(self.key, "***").split())[:200]
-        if self.failed >= max(16, 2 * self.args.workers):
-            self.halt(f"{self.url} fails again and again: {why}")
-        return why
-
     def ask(self, messages, **more):
         """One call -> what is stored of the reply, or the reason why there is none (a str)."""
-        most = self.cost((len(str(messages)) / 3, self.longest))
+        most, paid = self.cost((len(str(messages)) / 3, self.longest)), 0.0
         with self.lock:
             if self.args.max_cost is not None and self.spent + most > self.args.max_cost:
                 self.halt(f"--max-cost {self.args.max_cost} is reached", 3)
             if self.stop:
                 return self.stop
             self.spent += most
-        reply, paid = self.call(messages, {**self.settings, **more}), 0.0
-        if not isinstance(reply, str):
+        try:
+            reply = self.call(messages, {**self.settings, **more})
             self.failed, paid = 0, self.cost(reply["tokens"]) if reply["tokens"] else most
-        with self.lock:
-            self.spent += paid - most
-        return reply
+            return reply
+        except Exception as error:          # whatever a reply can be
+            return self.failure(error)
+        finally:
+            with self.lock:
+                self.spent += paid - most
 
     def call(self, messages, settings):
-        """Without the settings that the server does not take, which are found out by trying."""
+        """With as many of the settings as the server takes, which is found out by trying."""
         import openai
+        hints = {name: name for name in settings} | {"response_format": "schema|format|grammar"}
         while True:
             sent = {name: settings[name] for name in settings if name not in self.dropped}
             try:
-                reply = read_reply(self.client.chat.completions.create(
-                    model=self.name, messages=messages, **sent))
-                return {**reply, "sent": sorted(sent)}
-            except openai.APITimeoutError:
-                return self.failure(f"no answer in {TIMEOUT} s")
-            except openai.APIConnectionError as error:
-                return self.failure(f"no connection ({error.__cause__ or error})")
+                reply = self.client.chat.completions.create(
+                    model=self.name, messages=messages, **sent)
+                return {**read_reply(reply), "sent": sorted(sent)}
             except openai.APIStatusError as error:
-                if why := self.refused(error, sent):
-                    return why
-            except Exception as error:      # no JSON, or whatever a reply can be
-                return self.failure(f"an unreadable reply ({type(error).__name__}: {error})")
-
-    def refused(self, error, sent):
-        """Why a call failed, or "" if the judge only does not want a setting that can be left out.
-        What will not pass for any story stops the run."""
-        status, text = error.status_code, f"Error code: {error.status_code} - {error.body}"
-        hints = {name: name for name in sent} | {"response_format": "schema|format|grammar"}
-        named = [name for name in sent if re.search(hints[name], text)]
-        if status in (400, 422, 500) and named:             # llama-cpp-python says 500
+                named = [name for name in sent if re.search(hints[name], str(error.body))]
+                if not named or error.status_code not in (400, 422, 500):
+                    raise                   # (llama-cpp-python says 500)
             with self.lock:
                 if named[0] not in self.dropped:
                     print(f"{self.name} does not take {named[0]}: left out", file=sys.stderr)
                 self.dropped.add(named[0])
-            return ""
-        why = self.failure(text)
-        if error.code == "insufficient_quota" or status == 402:
+
+    def failure(self, error):
+        """Why a call failed. What will not pass for any story stops the run, as does what always
+        fails."""
+        import openai
+        status = getattr(error, "status_code", 0)
+        if isinstance(error, openai.APITimeoutError):
+            why = f"no answer in {TIMEOUT} s"
+        elif isinstance(error, openai.APIConnectionError):
+            why = f"no connection ({error.__cause__ or error})"
+        elif status:
+            why = f"Error code: {status} - {error.body}"
+        else:
+            why = f"an unreadable reply ({type(error).__name__}: {error})"
+        why = " ".join(why.replace(self.key, "***").split())[:200]
+        self.failed += 1
+        if status == 402 or getattr(error, "code", "") == "insufficient_quota":
             self.halt(f"The account has no quota left ({why})", 3)
         elif status in (401, 403):
             self.halt(f"{self.url} does not take the key in OPENAI_API_KEY ({why})")
         elif status == 404:
             self.halt(f"{self.url} has no model {self.name!r} ({why}). "
                       + f"It has {', '.join(self.models[:40])}" * bool(self.models))
+        elif self.failed >= max(16, 2 * self.args.workers):
+            self.halt(f"{self.url} fails again and again: {why}")
         return why
 
 
