@@ -560,24 +560,20 @@ def ask_me(task, item, second):
             "sent": []}
 
 
-def judge_one(judge, item, lines):
-    """Both turns about an item. Each is written down once it is there, for it has been paid.
-    lines: {key: line}, which it keeps up to date."""
-    task, key = judge.args.task, item["key"]
-    lines.setdefault(key, {
-        "task": task, "judge": judge.name, "base_url": judge.url, "version": version(task),
-        "settings": judge.settings, "replies": [], **{name: item.get(name) for name in (
-            "key", "model", "checkpoint", "prompt", "completion", "rep")}})
-    while not is_settled(lines[key]):
-        replies = lines[key]["replies"]
+def judge_one(judge, item):
+    """Both turns about an item. Each is written down once it is there, for it has been paid."""
+    task, line = judge.args.task, item["line"]
+    while not is_settled(line):
+        replies = line["replies"]
         more = {"response_format": form(task)} if replies else {}
         reply = ask_me(task, item, bool(replies)) if judge.me else \
             judge.ask(talk(task, item, replies), **more)
         if isinstance(reply, str):          # nothing was paid: the next run asks again
-            lines[key] = {**lines[key], "failed": reply}
+            line["failed"] = reply
             return
-        lines[key] = settle({**lines[key], "replies": replies + [reply], "date": now()})
-        append(item["folder"] / "grades.jsonl", lines[key])
+        replies.append(reply)
+        line.update(settle(line), date=now())
+        append(item["folder"] / "grades.jsonl", line)
 
 
 # --------------------------------------------------------------------------------- the statistics
@@ -829,8 +825,8 @@ def report(task, judge, items):
 # --------------------------------------------------------------------------------------- main
 
 def find_items(args, judge):
-    """The first stage -> what is to be judged, and what is known of that: {key: line}, of items
-    that are alike but one."""
+    """The first stage -> what is to be judged. Each item has its line of the ledger, which is
+    without replies at first; items that are alike have the same one."""
     items, rows = [], []
     for path in dict.fromkeys(map(Path, args.runs)):
         told, prompts = read_stories(path, args) if path.suffix == ".jsonl" else \
@@ -842,39 +838,43 @@ def find_items(args, judge):
         raise SystemExit("There is no story to judge.")
     if args.anchors and args.task != "probes":
         items += anchors(rows, items)
-    have = {line.get("key"): line for folder in sorted({item["folder"] for item in items})
-            for line in read_lines(folder / "grades.jsonl")}
-    lines = {}
+    lines = {line.get("key"): line for folder in sorted({item["folder"] for item in items})
+             for line in read_lines(folder / "grades.jsonl")}
     for item in items:
         if args.task == "probes":           # its first sentence is the answer
             item["completion"] = re.match(r"(?s).*?([.!?]+[\"”]?(?=\s|$)|$)",
                                           item["completion"])[0]
         key = item["key"] = digest(judge.name, judge.url, version(args.task), judge.settings,
                                    talk(args.task, item), item["rep"])
-        item["empty"] = not re.search(r"\w", item["completion"])
-        if item["empty"]:                   # that is known without a judge
-            lines[key] = {"replies": [], "grades": {
-                "verdict": "wrong", **dict.fromkeys(NUMBERS, 0.0), "age": AGES[0]}}
-        elif key in have and key not in lines:
-            lines[key] = have[key]
-            if args.reparse and have[key]["replies"] and settle(have[key]) != have[key]:
-                lines[key] = settle(have[key])
-                append(item["folder"] / "grades.jsonl", lines[key])
-    return items, lines
+        line = lines.setdefault(key, {
+            "task": args.task, "judge": judge.name, "base_url": judge.url,
+            "version": version(args.task), "settings": judge.settings, "replies": [],
+            **{name: item.get(name) for name in ("key", "model", "checkpoint", "prompt",
+                                                 "completion", "rep")}})
+        if args.reparse and line["replies"] and settle(line) != line:
+            line = lines[key] = settle(line)
+            append(item["folder"] / "grades.jsonl", line)
+        item["empty"], item["line"] = not re.search(r"\w", item["completion"]), line
+        if item["empty"]:                   # needs no judge
+            line["grades"] = {"verdict": "wrong", **dict.fromkeys(NUMBERS, 0.0), "age": AGES[0]}
+    return items
 
 
 def grade(args):
     """All stages -> the exit code."""
     judge = Judge(args, args.judge)
-    items, lines = find_items(args, judge)
+    items = find_items(args, judge)
     if args.judge == "none":
         by, models = group(items)
         print(table({name: without_judge(by[name]) for name in models}))
         return 0
-    todo = {item["key"]: item for item in items if not is_settled(lines.get(item["key"], {}))}
+    todo = {}
+    for item in items:
+        if not is_settled(item["line"]):
+            todo.setdefault(item["key"], item)                      # of those alike, the first
     queue = sorted(todo.values(), key=lambda item: item["rep"])     # stopped early, it has still
     if args.dry_run or queue and not args.reparse:                  # seen every prompt
-        calls = sum(2 - len(lines[key]["replies"] if key in lines else []) for key in todo)
+        calls = sum(2 - len(item["line"]["replies"]) for item in queue)
         asked = [talk(args.task, item) for item in queue or items[:1]]
         code = go_on(judge, f"{len(items)} stories and anchors, {len(queue)} of them to be judged "
                      "in two turns", asked[0], calls,               # four letters a token, twice
@@ -883,11 +883,10 @@ def grade(args):
             return code
         if judge.me:                        # blind: neither name nor order tells whose it is
             random.Random(0).shuffle(queue)
-        ask_all(judge, lambda item: judge_one(judge, item, lines), queue, "judged")
+        ask_all(judge, lambda item: judge_one(judge, item), queue, "judged")
     for item in items:
-        line = item["line"] = lines.get(item["key"], {"replies": []})
-        item["grades"] = line.get("grades")
-        item["why"] = line.get("reason") or line.get("failed", "not asked yet")
+        item["grades"] = item["line"].get("grades")
+        item["why"] = item["line"].get("reason") or item["line"].get("failed", "not asked yet")
     bad = [item for item in items if not item["grades"]]
     if len(bad) == len(items):
         print(f"Nothing is scored yet ({bad[0]['why']}).")
