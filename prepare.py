@@ -165,35 +165,27 @@ def read_grammar(path):
     """Read a grammar file (its head explains the format) -> rules, plots.
 
     rules: {name: (is a variable, forms, ways)}; plots: dicts of name, words, summary, scenes."""
-    rules, plots, scene = {}, [], None
     text = re.sub(r"(?m)^#.*\n", "", Path(path).read_text(encoding="utf-8"))
-    for line in re.sub(r"\n[ \t]+(?=\S)", " ", text).split("\n"):
-        if rule := re.fullmatch(r"(\w+)(?: \((.*?)\))? ([=:]) (.*)", line):
-            name, forms, kind, ways = rule.groups()
-            rules[name] = kind == "=", read_forms(forms), [way.strip() for way in ways.split(" | ")]
-        elif line.startswith("plot "):
-            plots.append({"name": line[5:], "scenes": []})
-            scene = None
-        elif line.startswith(("words ", "summary ")):
-            key, _, value = line.partition(" ")
-            plots[-1][key] = value
-        elif not line.strip():
-            scene = None
-        elif plots:
-            if scene is None:
-                plots[-1]["scenes"].append(scene := [])
-            scene.append(line)
-        else:
-            raise SystemExit(f"{path}: neither a rule nor part of a plot: {line[:60]!r}")
-    torn = [name for name, (_, _, ways) in rules.items() for way in ways
-            if not way or way.count("{") != way.count("}")]
-    if torn:
-        raise SystemExit(f"{path}: a way of the rule {torn[0]!r} is empty, or cut in a brace "
-                         "(inside {...}, no blanks around |).")
-    for plot in plots or [{"name": "(none)"}]:
+    text = re.sub(r"\n[ \t]+(?=\S)", " ", text)
+    rule, fact = r"(?m)^(\w+)(?: \((.*?)\))? ([=:]) (.*)", r"(?m)^(words|summary) (.*)"
+    rules, plots = {}, []
+    for name, forms, kind, ways in re.findall(rule, text):
+        ways = [way.strip() for way in ways.split(" | ")]
+        if any(not way or way.count("{") != way.count("}") for way in ways):
+            raise SystemExit(f"{path}: a way of the rule {name!r} is empty, or cut in a brace "
+                             "(inside {...}, no blanks around |).")
+        rules[name] = kind == "=", read_forms(forms), ways
+    strange, *told = re.split(r"(?m)^plot ", re.sub(rule, "", text))
+    if strange := strange.strip():
+        raise SystemExit(f"{path}: neither a rule nor part of a plot: {strange[:60]!r}")
+    for text in told or ["(none)"]:
+        name, _, text = text.partition("\n")
+        scenes = re.split(r"\n\s*\n", re.sub(fact, "", text).strip())
+        plots.append({"name": name, **dict(re.findall(fact, text)),
+                      "scenes": [scene.split("\n") for scene in scenes if scene]})
         for key in ("words", "summary", "scenes"):
-            if not plot.get(key):
-                raise SystemExit(f"{path}: the plot {plot['name']} has no {key}.")
+            if not plots[-1].get(key):
+                raise SystemExit(f"{path}: the plot {name} has no {key}.")
     return rules, plots
 
 
