@@ -223,10 +223,9 @@ class Story:
         name, form = name[:1].lower() + name[1:], form.lower()
         text, forms = self.held.get(name) or self.draw(name)
         if self.rules[name][0] and name not in self.held:   # a variable: no two hold the same text
-            redraws = 0
+            redraws = itertools.count()
             while text in [held for held, _ in self.held.values()]:
-                redraws += 1
-                if redraws > 1000:
+                if next(redraws) == 1000:
                     self.refuse(f"other variables hold every entry of the rule {name!r}")
                 text, forms = self.draw(name)
             self.held[name] = text, forms
@@ -298,17 +297,15 @@ class Progress:
 
     def __init__(self, label, total, done=0, unit="MB"):
         self.label, self.total, self.begin, self.unit = label, max(total, 1), done, unit
-        self.start, self.shown, self.ended = time.time(), 0.0, False
-        self.live = sys.stderr.isatty()
+        self.start, self.shown, self.live = time.time(), 0.0, sys.stderr.isatty()
 
     def show(self, done):
-        done, now = min(done, self.total), time.time()
-        share = done / self.total
-        due = now - self.shown > 0.2 if self.live else share >= self.shown + 0.1
-        if self.ended or not due and share < 1:
+        done = min(done, self.total)
+        share, due = done / self.total, self.shown + (0.001 if self.live else 0.1)
+        if share < min(due, 1) or self.shown == 1:
             return
-        self.shown, self.ended = now if self.live else share, share == 1
-        come, taken, one = done - self.begin, now - self.start, 1e6 if self.unit == "MB" else 1
+        self.shown, taken, come = share, time.time() - self.start, done - self.begin
+        one = 1e6 if self.unit == "MB" else 1
         line = (f"{self.label}: {share:4.0%} of {self.total / one:,.0f} {self.unit}, "
                 f"{come / one / max(taken, 1e-3):.1f} {self.unit}/s, "
                 f"{taken * (self.total - done) / max(come, 1):.0f} s left")
@@ -456,23 +453,27 @@ def keep_apart(record, counts):
 def train_bpe(words, vocab_size):
     """Learn byte-pair merges (arXiv 1508.07909, on bytes as GPT-2 does).
 
-    words: counts of pre-tokens, {str or bytes: int}. Returns the merges in order, as pairs of
-    bytes, as many as fill vocab_size together with the 256 bytes and the end mark, or fewer if the
-    text has no more. Of pairs equally frequent, the lexicographically greater one goes first, as
-    in Stanford's CS336."""
-    spelled = [word if isinstance(word, bytes) else word.encode("utf-8") for word in words]
-    words = [([word[i:i + 1] for i in range(len(word))], n)
-             for word, n in zip(spelled, words.values())]
+    words: counts of pre-tokens, {str: int}. Returns the merges in order, as pairs of bytes, as many
+    as fill vocab_size together with the 256 bytes and the end mark, or fewer if the text has no
+    more. Of pairs equally frequent, the lexicographically greater one goes first, as in Stanford's
+    CS336."""
+    times = list(words.values())
+    words = [[bytes([byte]) for byte in word.encode()] for word in words]
     counts, where = Counter(), defaultdict(set)     # how often a pair occurs, and in which words
-    for index, (parts, n) in enumerate(words):
-        for pair in zip(parts, parts[1:]):
-            counts[pair] += n
+
+    def count(index, sign):
+        pairs = list(zip(words[index], words[index][1:]))
+        for pair in pairs:
+            counts[pair] += sign * times[index]
             where[pair].add(index)
+        return pairs
 
     def entry(pair):            # the smallest entry of the heap: most frequent, then greatest;
         # bytes are negated for that, and closed by 1, so that "ab" comes before "a"
         return -counts[pair], [(*(-byte for byte in half), 1) for half in pair], pair
 
+    for index in range(len(words)):
+        count(index, 1)
     heap, merges = [entry(pair) for pair in counts], []
     heapq.heapify(heap)
     while heap and len(merges) < vocab_size - 257:
@@ -481,16 +482,10 @@ def train_bpe(words, vocab_size):
             continue
         merges.append(best)
         changed = set()
-        for index in where.pop(best):                   # only words that hold the pair change
-            parts, n = words[index]
-            for pair in zip(parts, parts[1:]):
-                counts[pair] -= n
-                changed.add(pair)
-            words[index] = parts, n = merge(parts, best), n
-            for pair in zip(parts, parts[1:]):
-                counts[pair] += n
-                changed.add(pair)
-                where[pair].add(index)
+        for index in where.pop(best):       # only words that hold the pair change
+            changed.update(count(index, -1))
+            words[index] = merge(words[index], best)
+            changed.update(count(index, 1))
         for pair in changed:
             heapq.heappush(heap, entry(pair))
     return merges
@@ -522,17 +517,17 @@ def prune_bpe(ranks, counts, vocab_size):
     counts[rank] says how often a token occurs. A token is kept together with the two that it is
     made from, and theirs: what is closed under merges is again a BPE, which still spells every
     text."""
-    token_of = {rank: token for token, rank in ranks.items()}
     kept = {bytes([byte]) for byte in range(256)}
-    used = [rank for rank in token_of if counts[rank]]
-    for rank in sorted(used, key=lambda rank: (-counts[rank], rank)):
-        needed, todo = set(), [token_of[rank]]
-        while todo:
-            if (token := todo.pop()) not in kept | needed:
-                needed.add(token)
-                todo += halves(token, ranks)
-        if len(kept) + len(needed) < vocab_size:
-            kept |= needed
+
+    def lacking(token):         # it and what it is made from, as far as that is not kept yet
+        if token in kept:
+            return set()
+        return {token}.union(*map(lacking, halves(token, ranks)))
+
+    for token in sorted(ranks, key=lambda token: (-counts[ranks[token]], ranks[token])):
+        new = lacking(token) if counts[ranks[token]] else set()
+        if len(kept) + len(new) < vocab_size:
+            kept |= new
     return {token: new for new, token in enumerate(sorted(kept, key=ranks.get))}
 
 
