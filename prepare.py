@@ -16,6 +16,7 @@ meta.json: without it, nothing is there. A text of 1.9 GB took three minutes of 
 
 import argparse
 import base64
+import contextlib
 import difflib
 import errno
 import hashlib
@@ -63,8 +64,8 @@ SOURCES = {
                 "68559e01675940bd415fe0b629406897d6f6bfd40067ff411a9b1daf78260c05"),
         "train": ("TinyStories-Instruct-train.txt", None, None)}),
 }
-SAMPLES = {"sample": False, "sample-instruct": True}    # by the grammar; True: with fields
-SOURCES["instruct-ood"], SAMPLES["sample-instruct-ood"] = SOURCES["instruct"], True
+SOURCES["instruct-ood"] = SOURCES["instruct"]
+SAMPLES = ("sample", "sample-instruct", "sample-instruct-ood")      # told by the grammar
 SAMPLE_STORIES = {"val": 1_000, "train": 30_000}
 
 
@@ -127,19 +128,25 @@ def claim(folder):
     return lock
 
 
-def write_whole(path, write):
-    """Write a file whole or not at all: write(file) fills a temporary one, which then takes its
-    place. Whatever goes wrong, what was there before stays."""
+@contextlib.contextmanager
+def whole(path):
+    """Write a file whole or not at all: what is opened is a temporary one, which takes its place in
+    the end. Whatever goes wrong, what was there before stays."""
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
-            write(file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def write_whole(path, write):
+    with whole(path) as file:
+        write(file)
 
 
 def write_text(path, text):
@@ -399,19 +406,19 @@ REPAIRS = {"â€œ": "“", "â€\x9d": "”", "â€™": "’", "â€˜": "
            "â€“": "–", "â€”": "—", "â€¦": "…", "â€": "”"}
 
 
-def read_stories(path, counts, piece=None, label="reading", limit=math.inf):
+def read_stories(path, counts, label, limit=math.inf):
     """Yield lists of clean stories (str, none empty) from one read each, until `limit` bytes are
     read. A file is cut at the end marks before it is decoded, so that neither a mark nor a
     character can be torn by the edge of a read."""
     rest, mark, bar = b"", MARK.encode(), Progress(label, min(os.path.getsize(path), limit))
     with open(path, "rb") as file:
         while file.tell() < limit:
-            read = file.read(piece or PIECE)
-            *stories, rest = (rest + read).split(mark)
+            read = file.read(PIECE)
+            *stories, rest = (rest + (read or mark)).split(mark)    # the last may have no mark
             if len(rest) > LONGEST:
                 raise SystemExit(f"{path}: a story of over {LONGEST >> 20} MB. Put a line {MARK} "
                                  "between stories.")
-            texts = [clean(story, counts) for story in (stories if read else [rest])]
+            texts = [clean(story, counts) for story in stories]
             if read:                        # what stands after the last mark need not be a story
                 counts["dropped: empty"] += texts.count("")
             yield [text for text in texts if text]
@@ -531,10 +538,10 @@ def prune_bpe(ranks, counts, vocab_size):
     return {token: new for new, token in enumerate(sorted(kept, key=ranks.get))}
 
 
-def to_ids(encoding, stories, threads=None):
+def to_ids(encoding, stories):
     """Stories -> the ids of their tokens, each story followed by the end mark, (N,) uint32."""
     texts = [MARK.join([*stories[i:i + 256], ""]) for i in range(0, len(stories), 256)]
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:     # tiktoken lets others work
+    with ThreadPoolExecutor(os.cpu_count()) as pool:        # tiktoken lets others work
         rows = pool.map(lambda text: encoding.encode_to_numpy(text, allowed_special={MARK}), texts)
         return np.concatenate([np.zeros(0, np.uint32), *rows])
 
@@ -570,7 +577,7 @@ def gpt2_ranks():
 
 def make_tokenizer(kind, vocab_size, path):
     """Make a tokenizer from the beginning of a text file -> ranks."""
-    read = read_stories(path, Counter(), label="reading for the tokenizer", limit=COUNTED)
+    read = read_stories(path, Counter(), "reading for the tokenizer", COUNTED)
     if kind == "bpe":
         counts = Counter()
         import regex                    # comes with tiktoken; Python's own re does not know \p{L}
@@ -594,15 +601,16 @@ def make_tokenizer(kind, vocab_size, path):
 
 # --------------------------------------------------------------------------------------------- main
 
-def encode(paths, encoding, folder, keep_duplicates=False, ood=False, threads=None, piece=None):
-    """Write folder/{train,val}.bin.part from {"val": path, "train": path} -> statistics of each
-    split, and counts of what was dropped or repaired. Without a path for val, one story in a
-    hundred goes there, chosen by its hash. ood: see `keep_apart`."""
-    stats = {split: {"stories": 0, "tokens": 0, "bytes": 0} for split in ("train", "val")}
+def encode(paths, encoding, folder, keep_duplicates=False, ood=False):
+    """Write folder/{train,val}.bin from {"val": path, "train": path} -> statistics of each split,
+    and counts of what was dropped or repaired. Without a path for val, one story in a hundred goes
+    there, chosen by its hash. ood: see `keep_apart`."""
+    assert encoding.n_vocab <= 65_536                   # what uint16 holds
+    stats = {split: Counter(stories=0, tokens=0, bytes=0) for split in ("train", "val")}
     counts, seen = Counter(), {}                        # seen: hash of a story -> its split
-    with open(folder / "train.bin.part", "wb") as train, open(folder / "val.bin.part", "wb") as val:
+    with whole(folder / "train.bin") as train, whole(folder / "val.bin") as val:
         for split in sorted(paths, reverse=True):       # val first: train must not repeat it
-            for stories in read_stories(paths[split], counts, piece, f"encoding {split}"):
+            for stories in read_stories(paths[split], counts, f"encoding {split}"):
                 chosen = {"train": [], "val": []}
                 for story in stories:
                     key = int(hashlib.blake2b(story.encode(), digest_size=8).hexdigest(), 16)
@@ -616,69 +624,71 @@ def encode(paths, encoding, folder, keep_duplicates=False, ood=False, threads=No
                     apart = ood and target == "train"
                     chosen[target].append(keep_apart(story, counts) if apart else story)
                 for target, file in (("train", train), ("val", val)):
-                    ids = to_ids(encoding, chosen[target], threads)
-                    if ids.max(initial=0) >= min(encoding.n_vocab, 65_536):
-                        raise SystemExit(f"The id {ids.max()} does not fit the vocabulary of "
-                                         f"{encoding.n_vocab:,} and uint16 (65,536 at most).")
+                    ids = to_ids(encoding, chosen[target])
                     file.write(ids.astype(np.uint16).tobytes())
-                    stats[target]["stories"] += len(chosen[target])
-                    stats[target]["tokens"] += len(ids)
-                    stats[target]["bytes"] += sum(len(story.encode()) for story in chosen[target])
-    counts = {what: n for what, n in counts.items() if n}
-    for split, found in stats.items():
-        if not found["tokens"]:
-            why = ", ".join(f"{what}: {n:,}" for what, n in counts.items())
-            raise SystemExit(f"{' and '.join(map(str, paths.values()))}: nothing left for {split}"
-                             f"{f' ({why})' * bool(why)}. Put a line {MARK} between stories (a few "
-                             "hundred of them at least), or name a validation file with --valid.")
-    return stats, counts
+                    stats[target].update(stories=len(chosen[target]), tokens=len(ids), bytes=sum(
+                        len(story.encode()) for story in chosen[target]))
+        for split, found in stats.items():
+            if not found["tokens"]:
+                why = ", ".join(f"{what}: {n:,}" for what, n in counts.items()) or "no text"
+                raise SystemExit(f"{' and '.join(map(str, paths.values()))}: nothing left for "
+                                 f"{split} ({why}). Put a line {MARK} between stories (a few "
+                                 "hundred of them at least), or name a validation file with "
+                                 "--valid.")
+    return stats, +counts                               # +: without those that are 0
 
 
-def prepare(name, input=None, valid=None, tokenizer=None, vocab_size=None, keep_duplicates=False,
-            force=False):
-    """Prepare data/<name> -> its folder. What is there with the same settings is left as it is."""
-    folder, ood = HERE / "data" / name, name.endswith("-ood")       # see `keep_apart`
-    kind = tokenizer or ("bpe" if name in SAMPLES else "gpt2")
-    vocab_size = vocab_size or (2_048 if name in SAMPLES else 10_000)
-    own = {split: Path(path) for split, path in (("val", valid), ("train", input)) if path}
-    text = [file_sha256(path) for path in own.values()] or (
-        sample_text() if name in SAMPLES else SOURCES[name][1])
-    asked = {"text": text, "tokenizer": kind, "vocab_size_asked": vocab_size,
-             "keep_duplicates": keep_duplicates}
+def is_ready(folder, asked):
+    """Whether a data set is there, whole and with the settings asked for. SystemExit: with
+    others."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        for split in ("train", "val"):
+            if (folder / f"{split}.bin").stat().st_size != 2 * meta[split]["tokens"]:
+                return False
         differ = [key for key in asked if meta[key] != asked[key]]
-        whole = all((folder / f"{split}.bin").stat().st_size == 2 * meta[split]["tokens"]
-                    for split in ("train", "val"))
+        tokens = meta["train"]["tokens"]
     except (OSError, ValueError, KeyError, TypeError):
-        differ, whole = [], False
-    if whole and not force:
-        if differ:
-            key = differ[0]
-            of = "from another text" if key == "text" else \
-                f"with {key} {meta[key]}, not {asked[key]}"
-            raise SystemExit(f"{folder} is prepared already, {of}. Add --force to do it again, or "
-                             "give it another name.")
-        print(f"{folder} is ready: {meta['train']['tokens']:,} tokens (--force does it again)")
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
+        return False
+    if differ:
+        key = differ[0]
+        of = "from another text" if key == "text" else f"with {key} {meta[key]}, not {asked[key]}"
+        raise SystemExit(f"{folder} is prepared already, {of}. Add --force to do it again, or give "
+                         "it another name.")
+    print(f"{folder} is ready: {tokens:,} tokens (--force does it again)")
+    return True
+
+
+def prepare(args):
+    """Prepare data/<name>. What is there with the same settings is left as it is."""
+    name, folder = args.name, HERE / "data" / args.name
+    kind = args.tokenizer or ("bpe" if name in SAMPLES else "gpt2")
+    vocab_size = args.vocab_size or (2_048 if name in SAMPLES else 10_000)
+    given = (("val", args.valid), ("train", args.input))
+    paths = {split: Path(path) for split, path in given if path}
+    text = [file_sha256(path) for path in paths.values()] or (
+        sample_text() if name in SAMPLES else SOURCES[name][1])
+    asked = {"text": text, "tokenizer": kind, "vocab_size_asked": vocab_size,
+             "keep_duplicates": args.keep_duplicates}
+    if not args.force and is_ready(folder, asked):
+        return
     (folder / "meta.json").unlink(missing_ok=True)
 
-    meta, nats = {"dataset": Path(name).name}, None
+    meta, nats = {"dataset": folder.name}, None
     if name in SAMPLES:
-        paths, nats = tell_sample(folder, SAMPLES[name])
         meta["source"] = "data/grammar.txt"
+        paths, nats = tell_sample(folder, "instruct" in name)
     elif name in SOURCES:
         repo, meta["revision"], files = SOURCES[name]
         meta["source"] = f"https://huggingface.co/datasets/{repo}"
         raw = HERE / "data" / name.removesuffix("-ood")             # downloaded once for both
         raw.mkdir(exist_ok=True)
-        paths = {split: raw / file for split, (file, _, _) in files.items()}
-        for file, size, sha256 in files.values():
-            download(hub_url(repo, meta["revision"], file), raw / file, size, sha256)
+        for split, (file, size, sha256) in files.items():
+            paths[split] = raw / file
+            download(hub_url(repo, meta["revision"], file), paths[split], size, sha256)
     else:
-        paths, meta["source"] = own, "own text"
-        for path in own.values():
+        meta["source"] = "own text"
+        for path in paths.values():
             with open(path, "rb") as file:
                 if file.read(4).startswith(PACKED):
                     raise SystemExit(f"{path} is packed, or UTF-16; make it plain text in UTF-8.")
@@ -687,23 +697,9 @@ def prepare(name, input=None, valid=None, tokenizer=None, vocab_size=None, keep_
 
     ranks = make_tokenizer(kind, vocab_size, paths["train"])
     encoding = as_encoding(ranks)
-    parts = {split: folder / f"{split}.bin.part" for split in ("train", "val")}
-    try:
-        stats, counts = encode(paths, encoding, folder, keep_duplicates, ood)
-    except BaseException:                   # a full disk, Ctrl-C: half of it is of no use
-        for part in parts.values():
-            part.unlink(missing_ok=True)
-        raise
+    stats, counts = encode(paths, encoding, folder, args.keep_duplicates, name.endswith("-ood"))
     meta |= {**asked, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token, "dtype": "uint16",
              "story_mark": encoding.encode_ordinary("Story:"), **stats, "counts": counts}
-    if nats:
-        meta["entropy_bound"] = {"nats_per_token": nats / stats["val"]["tokens"],
-                                 "bits_per_byte": nats / math.log(2) / stats["val"]["bytes"]}
-    save_tokenizer(folder, ranks)
-    for split, part in parts.items():
-        os.replace(part, folder / f"{split}.bin")
-    write_text(folder / "meta.json", json.dumps(meta, indent=1))
-
     for split, found in stats.items():
         print(f"{split:5}  " + ", ".join(f"{n:,} {what}" for what, n in found.items()))
     bytes_a_token = stats["train"]["bytes"] / stats["train"]["tokens"]
@@ -711,9 +707,13 @@ def prepare(name, input=None, valid=None, tokenizer=None, vocab_size=None, keep_
     for what, n in sorted(counts.items()):
         print(f"{what}: {n:,} stories")
     if nats:
-        print("no model can do much better than the grammar itself: {nats_per_token:.4f} nats per "
-              "token, {bits_per_byte:.4f} bits per byte".format(**meta["entropy_bound"]))
-    return folder
+        a_token = nats / stats["val"]["tokens"]
+        bits = nats / math.log(2) / stats["val"]["bytes"]
+        meta["entropy_bound"] = {"nats_per_token": a_token, "bits_per_byte": bits}
+        print(f"no model can do much better than the grammar itself: {a_token:.4f} nats per token, "
+              f"{bits:.4f} bits per byte")
+    save_tokenizer(folder, ranks)
+    write_text(folder / "meta.json", json.dumps(meta, indent=1))
 
 
 def main(argv=None):
@@ -746,8 +746,7 @@ def main(argv=None):
     if args.vocab_size is not None and not 257 <= args.vocab_size <= 65_536:
         parser.error("--vocab_size must lie between 257 (the bytes and the end mark) and 65,536 "
                      "(what uint16 holds)")
-    del args.ood                            # the name says it
-    command(lambda: prepare(**vars(args)) and None, folder=HERE / "data" / args.name)
+    command(prepare, args, folder=HERE / "data" / args.name)
 
 
 if __name__ == "__main__":

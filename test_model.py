@@ -218,7 +218,7 @@ def encoded(folder, **how):
     encoding = prepare.as_encoding({bytes([byte]): byte for byte in range(256)})
     stats, counts = prepare.encode({"val": folder / "v.txt", "train": folder / "t.txt"}, encoding,
                                    folder, **how)
-    ids = np.fromfile(folder / "train.bin.part", dtype=np.uint16).tolist()
+    ids = np.fromfile(folder / "train.bin", dtype=np.uint16).tolist()
     text = "".join("\0" if i == 256 else chr(i) for i in ids)
     return stats, counts, text.encode("latin-1").decode().split("\0")
 
@@ -237,12 +237,14 @@ def test_a_story_without_end_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "LONGEST", 50)
     (tmp_path / "t.txt").write_text("no mark, " * 100)
     with pytest.raises(SystemExit, match="a story of over"):
-        list(prepare.read_stories(tmp_path / "t.txt", Counter(), piece=16))
+        list(prepare.read_stories(tmp_path / "t.txt", Counter(), "reading"))
 
 
-@pytest.mark.parametrize("piece, threads", [(1, 1), (7, 2), (64, 3)])
-def test_where_a_read_ends_does_not_matter(tmp_path, piece, threads):
-    assert encoded(tmp_path, piece=piece, threads=threads) == encoded(tmp_path)
+@pytest.mark.parametrize("piece", [1, 7, 64])
+def test_where_a_read_ends_does_not_matter(tmp_path, monkeypatch, piece):
+    at_once = encoded(tmp_path)
+    monkeypatch.setattr(prepare, "PIECE", piece)
+    assert encoded(tmp_path) == at_once
 
 
 def test_nothing_is_learned_from_a_word_without_end(tmp_path):
@@ -1590,9 +1592,9 @@ def test_a_teachers_replies_are_counted_and_become_a_data_set(told, tmp_path, mo
         assert fields.get("Summary", "Tom and Ann play.") == "Tom and Ann play."
     monkeypatch.setattr(prepare, "HERE", tmp_path)
     (tmp_path / "val.txt").write_text("A cat sat.")
-    folder = prepare.prepare("mine", tmp_path / "new" / "mine.txt", tmp_path / "val.txt", "bpe",
-                             vocab_size=300)
-    meta = json.loads((folder / "meta.json").read_text())
+    prepare.main(["mine", "--input", str(tmp_path / "new" / "mine.txt"), "--valid",
+                  str(tmp_path / "val.txt"), "--tokenizer", "bpe", "--vocab_size", "300"])
+    meta = json.loads((tmp_path / "data" / "mine" / "meta.json").read_text())
     assert meta["train"]["stories"] == 55 and not meta["counts"]
 
 
