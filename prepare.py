@@ -95,8 +95,8 @@ def command(work, *arguments, folder=None):
             if folder and folder.is_dir() else ""
         raise SystemExit(f"The disk is full{free}. Make room and run the same command again.")
     except (MemoryError, RuntimeError) as error:
-        full = re.search("out of memory|can't allocate", str(error))        # as torch words it
-        if not (full or isinstance(error, MemoryError)):
+        torch_says = re.search("out of memory|can't allocate", str(error))
+        if not torch_says and not isinstance(error, MemoryError):
             raise
         why = str(error).partition("\n")[0].partition(" GPU ")[0][:100] or type(error).__name__
         raise SystemExit(f"The memory does not suffice ({why}). Ask for less at a time (train.py: "
@@ -144,22 +144,19 @@ def whole(path):
         raise
 
 
-def write_whole(path, write):
-    with whole(path) as file:
-        write(file)
-
-
 def write_text(path, text):
-    write_whole(path, lambda file: file.write(text.encode()))
+    with whole(path) as file:
+        file.write(text.encode())
 
 
 def write_picture(path, figure):
-    write_whole(path, lambda file: figure.savefig(file, dpi=120))
+    with whole(path) as file:
+        figure.savefig(file, dpi=120)
 
 
 # ---------------------------------------------------------------------------- the grammar's stories
 
-SUFFIXES = ("s", "ed", "ing")       # appended where an entry names no form of its own
+SUFFIXES = ("", "s", "ed", "ing")   # appended where an entry names no form of its own
 FIELDS = ("Features", "Words", "Summary", "Random sentence")
 FIELD_ORDERS = [order for n in range(1, 5) for order in itertools.permutations(FIELDS, n)]
 
@@ -238,9 +235,9 @@ class Story:
             self.held[name] = text, forms
         if form in SUFFIXES:
             forms = {form: text + form, **forms}
-        if form and form not in forms:
+        if form not in forms:
             self.refuse(f"{{{inside}}}: the rule {name!r} has no form {form!r} for {text!r}")
-        text = forms[form] if form else text
+        text = forms[form]
         return text[0].upper() + text[1:] if capital else text
 
     def draw(self, name):
@@ -336,7 +333,7 @@ def download(url, path, size=None, sha256=None, pauses=(1, 2, 4, 8, 16), timeout
     if token := os.environ.get("HF_TOKEN", "").strip():
         headers["Authorization"] = f"Bearer {token}"        # dropped by requests on other hosts
     for pause in (*pauses, None):
-        why, wait = "", 0
+        wait = pause or 0
         try:
             if not (size and sha256):       # a HEAD is not redirected: the hub's own headers
                 head = requests.head(url, headers=headers, timeout=timeout).headers
@@ -348,20 +345,20 @@ def download(url, path, size=None, sha256=None, pauses=(1, 2, 4, 8, 16), timeout
                 have = fetch(url, part, have, size, headers, timeout)
             if have < size:
                 why = f"only {have:,} of {size:,} bytes came"
-            elif sha256 and (found := file_sha256(part)) != sha256:
+            elif not sha256 or (found := file_sha256(part)) == sha256:
+                return os.replace(part, path)
+            else:
                 why, wrong = f"it does not hold what it should: sha256 {found}", wrong + 1
                 part.unlink()
         except requests.RequestException as error:
             asked = getattr(error.response, "headers", {}).get("Retry-After", "")
-            why, wait = str(error), min(int(asked), 300) if asked.isdigit() else 0
-        if not why:
-            return os.replace(part, path)
+            why, wait = str(error), max(wait, min(int(asked), 300) if asked.isdigit() else 0)
         if pause is None or wrong == 2:
             raise SystemExit(f"Cannot download {url}: {why}. Run the same command again to go on. "
                              "Without a network: python train.py config/demo.py, or prepare.py "
                              "mine --input FILE")
-        print(f"{path.name}: {why[:150]}; again in {max(pause, wait)} s", file=sys.stderr)
-        time.sleep(max(pause, wait))
+        print(f"{path.name}: {why[:150]}; again in {wait} s", file=sys.stderr)
+        time.sleep(wait)
 
 
 def fetch(url, part, have, size, headers, timeout):
@@ -449,10 +446,10 @@ def keep_apart(record, counts):
     if len({*names}) < 2:
         return record
     counts["changed: words or summary left out"] += 1
-    name = names[len(text) % 2]
-    others = "|".join(field for field in FIELDS if field != name)       # a summary may have lines
-    head = re.sub(rf"(?ms)^{name}: .*?(?=^(?:{others}): |\Z)", "", head)
-    return head.rstrip("\n") + story + text
+    fields = re.split(rf"(?m)^(?=(?:{'|'.join(FIELDS)}): )", head)      # a summary may have lines
+    drop = names[len(text) % 2] + ": "
+    left = [field for field in fields if not field.startswith(drop)]
+    return "".join(left).rstrip("\n") + story + text
 
 
 # --------------------------------------------------------------------------------------- tokenizers
@@ -561,8 +558,9 @@ def load_tokenizer(folder):
 
 
 def save_tokenizer(folder, ranks):
-    lines = b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
-    write_whole(folder / "tokenizer.tiktoken", lambda file: file.write(lines))
+    with whole(folder / "tokenizer.tiktoken") as file:
+        for token, rank in ranks.items():
+            file.write(base64.b64encode(token) + b" %d\n" % rank)
 
 
 def gpt2_ranks():

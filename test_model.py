@@ -906,7 +906,8 @@ def test_a_run_survives_what_happens_to_its_files(data, tmp_path, straight, monk
 
     def renew_at_7(stream, T, rows, *how):
         if rows[0] == 7 * 8:                                # another prepare.py takes its place
-            prepare.write_whole(tmp_path / "set" / "train.bin", lambda file: file.write(b"no"))
+            with prepare.whole(tmp_path / "set" / "train.bin") as file:
+                file.write(b"no")
         return step_of(stream, T, rows, *how)
 
     monkeypatch.setattr(train, "get_batch", renew_at_7)

@@ -406,7 +406,8 @@ def keep(path, write):
     """Write a file of a run -> whether it could be written (whole, or not at all): a full disk does
     not stop the training, which tries again the next time."""
     try:
-        prepare.write_whole(path, write)
+        with prepare.whole(path) as file:
+            write(file)
         return True
     except (OSError, RuntimeError) as error:        # torch words a full disk as a RuntimeError
         write(whole := io.BytesIO())

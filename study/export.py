@@ -73,8 +73,8 @@ def export(run, folder):
                                          "bos_token_id": eot, "eos_token_id": eot}
     for name in ("tokenizer.tiktoken", "meta.json"):
         shutil.copyfile(file.parent / name, folder / name)
-    prepare.write_whole(folder / "pytorch_model.bin",
-                        lambda file: torch.save(neo_weights(model), file))
+    with prepare.whole(folder / "pytorch_model.bin") as weights:
+        torch.save(neo_weights(model), weights)
     for name, text in {
             "vocab.json": vocab, "merges.txt": merges,
             "tokenizer_config.json": json.dumps({

@@ -112,7 +112,8 @@ def adopt(name, folder):
                 "train": {"tokens": 0}}, indent=1))
         weights = {"model": model.state_dict(), "model_config": asdict(model.config),
                    "settings": {}, "step": 0, "meta": json.loads(meta.read_text("utf-8"))}
-        prepare.write_whole(folder / "ckpt.pt", lambda file: torch.save(weights, file))
+        with prepare.whole(folder / "ckpt.pt") as file:
+            torch.save(weights, file)
     except Exception as error:              # a damaged file can raise nearly anything
         why = " ".join(str(error).split())[:200]
         raise SystemExit(f"{name} cannot become a run: {type(error).__name__}: {why}")
