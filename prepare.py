@@ -603,7 +603,6 @@ def encode(paths, encoding, folder, keep_duplicates=False, ood=False):
     """Write folder/{train,val}.bin from {"val": path, "train": path} -> statistics of each split,
     and counts of what was dropped or repaired. Without a path for val, one story in a hundred goes
     there, chosen by its hash. ood: see `keep_apart`."""
-    assert encoding.n_vocab <= 65_536                   # what uint16 holds
     stats = {split: Counter(stories=0, tokens=0, bytes=0) for split in ("train", "val")}
     counts, seen = Counter(), {}                        # seen: hash of a story -> its split
     with whole(folder / "train.bin") as train, whole(folder / "val.bin") as val:
@@ -623,12 +622,15 @@ def encode(paths, encoding, folder, keep_duplicates=False, ood=False):
                     chosen[target].append(keep_apart(story, counts) if apart else story)
                 for target, file in (("train", train), ("val", val)):
                     ids = to_ids(encoding, chosen[target])
+                    if ids.max(initial=0) >= min(encoding.n_vocab, 65_536):
+                        raise SystemExit(f"The id {ids.max()} does not fit the vocabulary of "
+                                         f"{encoding.n_vocab:,} and uint16 (65,536 at most).")
                     file.write(ids.astype(np.uint16).tobytes())
                     stats[target].update(stories=len(chosen[target]), tokens=len(ids), bytes=sum(
                         len(story.encode()) for story in chosen[target]))
         for split, found in stats.items():
             if not found["tokens"]:
-                why = ", ".join(f"{what}: {n:,}" for what, n in counts.items()) or "no text"
+                why = ", ".join(f"{what}: {n:,}" for what, n in (+counts).items()) or "no text"
                 raise SystemExit(f"{' and '.join(map(str, paths.values()))}: nothing left for "
                                  f"{split} ({why}). Put a line {MARK} between stories (a few "
                                  "hundred of them at least), or name a validation file with "

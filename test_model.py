@@ -240,10 +240,11 @@ def test_a_story_without_end_is_refused(tmp_path, monkeypatch):
         list(prepare.read_stories(tmp_path / "t.txt", Counter(), "reading"))
 
 
-@pytest.mark.parametrize("piece", [1, 7, 64])
-def test_where_a_read_ends_does_not_matter(tmp_path, monkeypatch, piece):
+@pytest.mark.parametrize("piece, cores", [(1, 1), (7, 2), (64, 3)])
+def test_where_a_read_ends_does_not_matter(tmp_path, monkeypatch, piece, cores):
     at_once = encoded(tmp_path)
     monkeypatch.setattr(prepare, "PIECE", piece)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
     assert encoded(tmp_path) == at_once
 
 

@@ -229,7 +229,7 @@ def study(parser, args):
                      f"{width} neurons, named 0.0 to {layers - 1}.{width - 1}")
 
     folder = sample.find_run(args.run).parent
-    dataset = args.dataset or grade.read_meta(folder).get("dataset", "mine")
+    dataset = args.dataset or grade.read_meta(folder).get("dataset", "unknown")
     stories, note = read_stories(dataset, args.stories), ""
     if not stories:
         note = (f"The stories of {dataset} are not there: it reads one text only. To make them: "
