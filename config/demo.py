@@ -2,8 +2,8 @@
 
     python train.py config/demo.py
 
-Four minutes on two CPU cores with bfloat16: 0.283 nats per token of whole stories; the grammar's
-own: 0.270; other seeds: 0.284, 0.286. Without bfloat16 it takes several times as long.
+Four to six minutes on two CPU cores with bfloat16: 0.284 nats per token of whole stories; the
+grammar's own: 0.270; other seeds: 0.284, 0.286. Without bfloat16 it takes several times as long.
 """
 dataset = "sample"
 n_layer, n_head, n_embd, block_size = 3, 6, 192, 256
