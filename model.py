@@ -108,13 +108,12 @@ def attend(q, k, v, mask=None, dropout=0.0):
     """Queries (B, H, T, D), keys and values (B, H, S, D) -> what each query gathers (B, H, T, D).
     mask (T, S) says who may look at whom; without one, each looks at itself and all before it (on
     a CPU, only a single query goes without). A fused kernel never writes the scores down (arXiv
-    2205.14135). For many queries it pays on a GPU, for a single one on a CPU; else plain products
-    are faster (for each new S, a GPU's kernel is planned anew)."""
-    many, cpu = q.size(2) > 1, q.device.type == "cpu"
-    if many != cpu:
-        causal = many and mask is None
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
-    scores = (q * q.size(-1) ** -0.5) @ k.mT                        # (B, H, T, S)
+    2205.14135); it pays for many queries on a GPU, and nowhere for a single one."""
+    many = q.size(2) > 1
+    if many and q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
+    q = q * q.size(-1) ** -0.5
+    scores = q @ k.mT if many else (k @ q.mT).mT                    # (B, H, T, S), k as it lies
     if mask is not None:
         scores = scores + torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
     weights = torch.softmax(scores, dim=-1, dtype=scores.dtype)     # how much of each value
