@@ -707,10 +707,13 @@ def test_a_stop_changes_nothing(data, tmp_path, straight, monkeypatch):
         return step_of(path, T, rows, *how)
 
     monkeypatch.setattr(train, "get_batch", stop_at_7)
-    handler = signal.getsignal(signal.SIGINT)
+    handler, find_data, at_first = signal.getsignal(signal.SIGINT), train.find_data, []
+    monkeypatch.setattr(train, "find_data", lambda dataset: at_first.append(
+        signal.getsignal(signal.SIGINT)) or find_data(dataset))
     with pytest.raises(SystemExit) as stopped:
         train.train(settings(data, tmp_path))
     assert stopped.value.code == 130 and signal.getsignal(signal.SIGINT) is handler
+    assert at_first[0] is handler               # Ctrl-C ends a download at once
     checkpoint = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     assert checkpoint["step"] == 8                                          # it finished its step
     train.train(settings(data, tmp_path))                                   # the same command

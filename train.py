@@ -517,22 +517,23 @@ def signals_kept():
 
 def train(settings):
     """One run, from where it stands to its end, or to a signal."""
-    with signals_kept() as signals:
-        learn(settings, signals)
-
-
-def learn(settings, signals):
-    began = time.time()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(settings, int(os.environ.get("LOCAL_RANK", 0)))
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 timeout=timedelta(hours=4))
-    say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
     if rank == 0:
         find_data(settings.dataset)                     # the others wait until it is there
     if world > 1:
         dist.barrier()
+    with signals_kept() as signals:
+        learn(settings, rank, world, device, signals)
+
+
+def learn(settings, rank, world, device, signals):
+    """Train, on data that is there."""
+    began = time.time()
+    say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
     data, meta = find_data(settings.dataset)
     T = settings.block_size
     if meta["train"]["tokens"] < 2 * T:
