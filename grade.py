@@ -143,7 +143,8 @@ def spoken(reply):
 def parse(text, task):
     """What a judge wrote -> {name: grade}, or the reason why it cannot be counted (a str). What is
     missing, unclear or said in two ways is not guessed: better no grade than a wrong one."""
-    text, grades = re.sub(r"[\"'*_`\s]+", " ", text), {}           # signs of JSON and Markdown
+    signs = r"(?:[\"'*`\s]|(?<![\d_])_+|_+(?![\d_]))+"           # of JSON and Markdown; not 1_0
+    text, grades = re.sub(signs, " ", text), {}
     for span in re.findall(r"\{[^{}]*\}", text):                  # the last JSON that grades
         if any(name in span.lower() for name in wanted(task)):
             text = span
@@ -380,8 +381,10 @@ class Judge:
         self.client = openai.OpenAI(api_key=self.key, base_url=self.args.base_url,
                                     timeout=TIMEOUT, max_retries=RETRIES)
         try:
-            known = self.client.with_options(max_retries=1).models.list()
+            known = self.client.with_options(max_retries=1, timeout=TIMEOUT / 6).models.list()
             self.models = sorted(model.id for model in known.data)
+        except openai.APITimeoutError:      # somebody is there, but at work
+            pass
         except openai.APIConnectionError as error:
             raise SystemExit(f"Cannot reach {self.url}: {error.__cause__ or error}. Check "
                              "--base-url (and SSL_CERT_FILE if it is about a certificate).")
@@ -423,7 +426,8 @@ class Judge:
                     model=self.name, messages=messages, **sent)
                 return {**read_reply(reply), "sent": sorted(sent)}
             except openai.APIStatusError as error:
-                named = [name for name in sent if re.search(hints[name], str(error.body))]
+                named = [name for name in sent if str(error.param).startswith(name)] or [
+                    name for name in sent if re.search(hints[name], str(error.body))]
                 if not named or error.status_code not in (400, 422, 500):
                     raise                   # (llama-cpp-python says 500)
             with self.lock:
@@ -643,7 +647,8 @@ def without_judge(items):
     if path:
         from study.copying import unseen                    # and torch
         encode = prepare.load_tokenizer(items[0]["folder"]).encode_ordinary
-        row["new 5-grams"] = unseen([encode(text) for text in texts], path)
+        share = unseen([encode(text) for text in texts], path)
+        row["new 5-grams"] = "-" if share is None else f"{share:.1%}"
     return row
 
 

@@ -113,7 +113,7 @@ def attend(q, k, v, mask=None, dropout=0.0):
     if many and q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
     q = q * q.size(-1) ** -0.5
-    scores = q @ k.mT if many else (k @ q.mT).mT                    # (B, H, T, S), k as it lies
+    scores = q @ k.mT if many else (k @ q.mT).mT    # (B, H, T, S); of one query, k is not copied
     if mask is not None:
         scores = scores + torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
     weights = torch.softmax(scores, dim=-1, dtype=scores.dtype)     # how much of each value

@@ -1043,6 +1043,8 @@ def teach(tmp_path, monkeypatch):
     (GRADES.replace(": 8", ': "8/10"').replace("age", "Age_Group"), (8, 7, 6, 5, "D")),
     (GRADES.replace("8", "11"), "out of range"), (GRADES.replace("8", "-1"), "grammar"),
     (GRADES.replace(": 5", ": null"), "plot"), (GRADES.replace("8", '"8/5"'), "8/5"),
+    ("__Grammar__: 8, _Creativity_: 7, Consistency: _6_, Plot: `5`, _Age_: D", (8, 7, 6, 5, "D")),
+    (GRADES.replace("8", '"1_0"'), "grammar"), (GRADES.replace("8", '"1__0"'), "grammar"),
     (GRADES.replace("8", '"8,5"'), "grammar"), (GRADES.replace("8", '"8-9"'), "grammar"),
     (GRADES.replace("plot", "story"), "plot: none"), (GRADES.replace('"D"', '"G"'), "age"),
     (GRADES.replace("plot", "grammar"), "single grammar"), (GRADES[:40], "consistency: none"),
@@ -1096,6 +1098,22 @@ def test_a_judge_fails_in_words(teach, capsys, monkeypatch, turn, answers, code,
         assert teach()[1][-1]["grades"]
     elif says is None or says in ("empty", "grammar", "cut at its length", "refusal"):
         assert teach()[0] == code and not Teacher.seen     # paid for: never again
+
+
+def test_a_judge_keeps_the_settings_that_nobody_minds(teach):
+    def minds(body):
+        why = f"no such thing in {body}"            # which names them all
+        return (400, {"error": {"message": why, "param": "reasoning_effort"}}) \
+            if "reasoning_effort" in body else kindly(body)
+
+    assert teach(script=minds)[0] == 0
+    assert all("temperature" in body and "max_tokens" in body for body in Teacher.seen)
+
+
+def test_a_judge_may_be_too_busy_to_list_its_models(teach, monkeypatch):
+    monkeypatch.setattr(grade, "TIMEOUT", 2.4)              # it takes 2.5 seconds
+    monkeypatch.setattr(Teacher, "do_GET", lambda self: self.answer("sleep"))
+    assert teach()[0] == 0
 
 
 def test_a_key_is_written_nowhere(teach, tmp_path, monkeypatch, capsys):
@@ -1452,12 +1470,12 @@ def test_looking_for_copies_in_pieces_equals_looking_at_all(tmp_path, monkeypatc
         return [tuple(map(int, text[i:i + k])) for i in range(len(text) - k + 1)]
 
     assert len(np.unique(copying.hashes(np.arange(3_000_000) * 7919 % 5000))) == 5000
-    assert copying.unseen([[1, 2, 3]], path) == "-"             # too short to have one
+    assert copying.unseen([[1, 2, 3]], path) is None            # too short to have one
     there = {*grams(np.fromfile(path, np.uint16), 3)}
     share = np.mean([gram not in there for text in texts for gram in grams(text, 3)])
     for piece in (1, 100, 10_000):
         monkeypatch.setattr(copying, "PIECE", piece)
-        assert copying.unseen(texts, path, 3) == f"{share:.1%}"
+        assert copying.unseen(texts, path, 3) == pytest.approx(share)
         seen, near = copying.search(path, ends, texts, begun)
         for i, text in enumerate(texts):
             for k in copying.KS:

@@ -122,14 +122,15 @@ def search(path, ends, texts, begun):
 
 
 def unseen(texts, path, k=5):
-    """The share of all k-grams of some texts that are not in a token file, as grade.py shows it."""
+    """The share of all k-grams of some texts that are not in a token file; None if they have
+    none."""
     mine = np.concatenate([hashes(text, k) for text in texts])
     grams, place = np.unique(mine, return_inverse=True)
     seen, find, data = np.zeros(len(grams), bool), finder(grams), np.memmap(path, np.uint16, "r")
     for start in range(0, len(data), PIECE):
         piece = data[start:start + PIECE + k - 1]           # some lie across the edge of a piece
         seen[find(hashes(piece, k))[1]] = True
-    return f"{1 - seen[place].mean():.1%}" if len(grams) else "-"
+    return 1 - seen[place].mean() if len(grams) else None
 
 
 def precision(text, other, k=2):

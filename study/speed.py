@@ -1,6 +1,6 @@
 """How fast are training and sampling, and how near to what the machine can do?
 
-    python study/speed.py                       # three and a half minutes on two CPU cores
+    python study/speed.py                       # four minutes on two CPU cores
     python study/speed.py --compile             # torch.compile, too (slow to start on a CPU)
     python study/speed.py --ladder              # on a CUDA GPU: what each thing that we do is worth
     pip install transformers                    # if it is there, it is measured as well
@@ -32,7 +32,7 @@ from train import Settings, keep_memory, make_optimizers                        
 SHAPE = dict(vocab_size=10_000, n_layer=8, n_head=4, n_embd=256)
 NEW = 200                   # tokens that a row samples
 COPIED = 1 << 28            # bytes
-fused_attend = model.attend
+attend = model.attend
 
 
 def wait(device):
@@ -107,7 +107,7 @@ def our_step(device, T, tokens, how=Step()):
 
     def step():
         torch.set_float32_matmul_precision("high" if how.tf32 else "highest")
-        model.attend = fused_attend if how.flash else written_out
+        model.attend = attend if how.flash else written_out
         for some_x, some_y in zip(x.split(rows), y.split(rows)):
             with torch.autocast(device, dtype, dtype != torch.float32):
                 loss = loss_of(some_x, some_y) * (rows / len(x))
@@ -240,9 +240,9 @@ def climb(device, T, tokens, rounds, rate):
         how = dataclasses.replace(how, **change) if isinstance(change, dict) else change
         torch.cuda.reset_peak_memory_stats()
         [times] = measure({"": our_step(device, T, tokens, how)}, device, rounds).values()
-        rate_here = tokens / statistics.median(times)
-        print(f"| {name} | {rate_here:,.0f} | "
-              f"{rate_here * GPT(how.config(T)).flops_per_token() / rate:.0%} | "
+        speed = tokens / statistics.median(times)
+        print(f"| {name} | {speed:,.0f} | "
+              f"{speed * GPT(how.config(T)).flops_per_token() / rate:.0%} | "
               f"{torch.cuda.max_memory_allocated() / 1e9:,.1f} GB |", flush=True)
 
 
