@@ -33,7 +33,8 @@ class GPTConfig:
     qk_norm: bool = True        # give queries and keys unit size, so that attention cannot saturate
     bias: bool = False          # in all linear maps but those of q, k and v, as in GPT-Neo
     window: int = 0             # layers 1, 3, 5 ... see this many tokens, their own counted; 0: all
-    zero_init: bool = True      # output projections start at zero: a fresh block changes nothing
+    init: str = "zero"          # what a fresh block adds: some of what it looks at (copy), nothing
+                                # (zero), or noise (normal)
     value_residual: bool = True # layers mix the first one's values into theirs (arXiv 2410.17897)
     dropout: float = 0.0
 
@@ -45,7 +46,8 @@ class GPTConfig:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         if self.pos == "rope" and (self.n_embd // self.n_head) % 2:
             raise ValueError(f"rope needs heads of even width, not {self.n_embd // self.n_head}")
-        for name, ways in (("pos", "rope learned"), ("norm", "rms layer"), ("act", "relu2 gelu")):
+        for name, ways in (("pos", "rope learned"), ("norm", "rms layer"), ("act", "relu2 gelu"),
+                           ("init", "copy zero normal")):
             if getattr(self, name) not in ways.split():
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of: {ways}")
         if self.window < 0 or not 0 <= self.dropout < 1:
@@ -264,10 +266,14 @@ class GPT(nn.Module):
         self.apply(self._init)
         with torch.no_grad():       # a token's own logit, std * C, must not grow with the width:
             self.token_embedding.weight *= min(1.0, 256 / C)    # each would but repeat itself
-        std = 0.0 if config.zero_init else 0.02 / math.sqrt(2 * config.n_layer)
+        std = 0.02 / math.sqrt(2 * config.n_layer) if config.init == "normal" else 0.0
         for block in self.blocks:       # all that adds to the stream: together it keeps its size
             nn.init.normal_(block.attention.out.weight, std=std)
             nn.init.normal_(block.mlp.down.weight, std=std)
+            if config.init == "copy":   # for a word that a story has used is likelier to come again
+                with torch.no_grad():
+                    nn.init.eye_(block.attention.qkv[2])
+                    nn.init.eye_(block.attention.out.weight).mul_(0.3)
 
     def _init(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):

@@ -39,10 +39,10 @@ from study import checks, copying, export, generate, inside, sizes, speed, when
 HERE = Path(__file__).resolve().parent
 OURS = dict(vocab_size=100, block_size=48, n_layer=3, n_head=2, n_embd=32)
 PAPER = dict(OURS, pos="learned", norm="layer", act="gelu", qk_norm=False, bias=True, window=8,
-             zero_init=False, value_residual=False)
-KINDS = {"ours": OURS, "paper": PAPER, "windows": dict(OURS, window=8, zero_init=False),
-         "learned": dict(OURS, pos="learned", zero_init=False),
-         "awake": dict(OURS, zero_init=False)}
+             init="normal", value_residual=False)
+KINDS = {"ours": OURS, "paper": PAPER, "windows": dict(OURS, window=8, init="normal"),
+         "learned": dict(OURS, pos="learned", init="normal"),
+         "awake": dict(OURS, init="normal"), "copies": dict(OURS, init="copy")}
 
 
 @pytest.fixture(params=KINDS, scope="module")
@@ -478,7 +478,7 @@ def test_a_row_ends_at_its_stop(model):
 
 def test_positions_matter_and_windows_forget():
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**dict(OURS, n_layer=2, window=4, zero_init=False))).eval()
+    model = GPT(GPTConfig(**dict(OURS, n_layer=2, window=4, init="normal"))).eval()
     with torch.no_grad():
         model.blocks[0].attention.out.weight.zero_()      # only the layer with the window is left
         idx = torch.randint(100, (1, 20))
@@ -499,14 +499,20 @@ def test_a_fresh_model():
     wide = GPT(GPTConfig(**dict(OURS, n_layer=1, n_embd=1024, vocab_size=10_000)))
     idx = torch.randint(10_000, (2, 48))
     assert wide(idx, idx.roll(-1, 1))[1].item() == pytest.approx(math.log(10_048), rel=0.02)
-    for kind in ("ours", "paper"):
+    for kind in ("ours", "copies", "paper"):
         model = GPT(GPTConfig(**dict(KINDS[kind], n_embd=64)))
         idx = torch.randint(100, (4, 48))
         assert model(idx, idx.roll(-1, 1))[1].item() == pytest.approx(math.log(128), rel=0.02)
         down, up = model.blocks[0].mlp.down.weight, model.blocks[0].mlp.up.weight
+        x = torch.randn(2, 1, 64)
         if kind == "ours":          # its output projections are zero: a block is the identity
-            x = torch.randn(2, 5, 64)
-            assert torch.equal(model.blocks[0](x, rotary=model.rotary[:, :5])[0], x)
+            assert torch.equal(model.blocks[0](x, rotary=model.rotary[:, :1])[0], x)
+        elif kind == "copies":      # what it looks at, itself, is added
+            torch.testing.assert_close(model.blocks[0](x, rotary=model.rotary[:, :1])[0],
+                                       x + 0.3 * nn.functional.rms_norm(x, (64,)))
+            seen, unseen = torch.arange(40).repeat(4, 1), slice(40, 100)
+            logits = model(seen)[0][:, -1]
+            assert logits[:, :39].mean() > logits[:, unseen].mean() + 0.1   # likelier to come
         else:
             assert up.std().item() / down.std().item() == pytest.approx(math.sqrt(2 * 3), rel=0.05)
 

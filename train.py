@@ -56,7 +56,7 @@ class Settings:
     qk_norm: bool = True
     bias: bool = False
     window: int = 0                 # tokens that every second layer looks back; 0: all
-    zero_init: bool = True
+    init: str = "zero"              # zero, copy, normal
     value_residual: bool = True
     dropout: float = 0.0
     # the optimizer

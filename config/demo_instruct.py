@@ -9,9 +9,10 @@ study.checks out/demo_instruct). 12 minutes on one of two cores that multiply bf
 dataset = "sample-instruct"
 story_only = True               # what is asked for is given, not to be guessed
 n_layer, n_head, n_embd, block_size = 3, 6, 192, 256
+init = "copy"
 batch_tokens = 2_048
 max_steps = 2_500
-learning_rate = 1e-2
+learning_rate = 7e-3
 momentum, weight_decay = 0.8, 0.1
 decay = 0.9
 eval_interval = 1_250

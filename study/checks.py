@@ -102,10 +102,14 @@ def pronoun(story, ending):
     """As long as those who have been named are all girls or all boys, he, she, him, her ... are of
     their kind."""
     people, speaks = {}, {}                             # {"Tom": "he"}, {"his": "he"}
-    for name, (_, forms, _) in story.rules.items():
-        if "he" in forms:
-            people |= dict.fromkeys(entries(story.rules, name), forms["he"])
-            speaks |= {forms[word]: forms["he"] for word in ("he", "him", "his", "himself")}
+    for _, forms, ways in story.rules.values():
+        for way in ways:
+            text, _, own = way.rstrip(")").partition(" (")
+            own = {**forms, **prepare.read_forms(own)}
+            if "he" in own:
+                people[text] = own["he"]
+                speaks |= {own[word]: own["he"] for word in ("he", "him", "his", "himself")
+                           if word in own}
     seen, fits = {people[word] for word in re.findall(r"\w+", cut(story)[0]) if word in people}, []
     for word in re.findall(r"\w+", ending):
         if word in people:

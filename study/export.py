@@ -59,7 +59,7 @@ def export(run, folder):
     file = find_run(run)
     model, tokenizer = load_run(file, "cpu", torch.float32)
     strange = [f"{name}={getattr(model.config, name)}" for name, value in PAPER.items()
-               if getattr(model.config, name) != value and name != "zero_init"]   # only a beginning
+               if getattr(model.config, name) != value and name != "init"]   # only a beginning
     if strange:
         raise SystemExit(f"{run} cannot be exported: GPT-Neo has no place for "
                          f"{', '.join(strange)}. config/paper_8m.py trains a model that can.")

@@ -22,7 +22,7 @@ from model import GPT, GPTConfig, read_checkpoint
 
 # The paper's switches, what GPT-Neo's config.json calls our sizes, and what its files call our
 # weights (to be replaced in this order).
-PAPER = dict(pos="learned", norm="layer", act="gelu", qk_norm=False, bias=True, zero_init=False,
+PAPER = dict(pos="learned", norm="layer", act="gelu", qk_norm=False, bias=True, init="normal",
              value_residual=False)
 NEO_SIZES = {"vocab_size": "vocab_size", "block_size": "max_position_embeddings",
              "n_layer": "num_layers", "n_head": "num_heads", "n_embd": "hidden_size",
