@@ -132,10 +132,10 @@ READ = """\
 {table}
 
 Loss: nats per token of the validation text, in windows and in whole stories (in brackets, where it
-is known, how far above the grammar's own entropy). Parameters: without embeddings. The paper's
-columns (its Figure 4) are of the same width and layers, but of GPT-Neo's architecture, some 1.8
-billion tokens of TinyStories, and grades out of ten by GPT-4: compare which row is better than
-which, never the numbers.
+is known, how far above the grammar's own entropy). Parameters: without embeddings. Columns of the
+paper's (its Figure 4), if it has such shapes, are of GPT-Neo's architecture, some 1.8 billion
+tokens of TinyStories, and grades out of ten by GPT-4: compare which row is better than which, never
+the numbers.
 
 {checks}
 
@@ -197,8 +197,8 @@ def report(runs, n):
             "parameters": f"{row['parameters']:,}", "loss": f"{scores['loss']:.3f}",
             "whole stories": f"{whole:.3f}" + (f" ({whole / entropy - 1:+.0%})" if entropy else ""),
             **{score: f"{scores[score]:.3g}" for score in scores if score != "loss"},
-            **{f"paper: {score}": paper.get(score, "-")
-               for score in ("loss", "grammar", "consistency", "plot")}}
+            **{f"paper: {score}": paper[score]
+               for score in ("loss", "grammar", "consistency", "plot") if paper.get(score)}}
     table = grade.table(cells)
     prepare.write_text(folder / "report.md", READ.format(
         table=table, conclusions=conclusions(rows), n=n, chance=196 * math.sqrt(0.5 / n),
