@@ -1,6 +1,6 @@
 """How large must a model be to tell a story, and should it be deep or wide?
 
-    python -m study.sizes --grid demo       # nine small models: 50 minutes on one busy core
+    python -m study.sizes --grid demo       # nine small models: 9 minutes on two CPU cores
     python -m study.sizes --grid paper      # the paper's Figure 4: hours on a large GPU
     python -m study.sizes --grid heads      # its Figure 24: two, four, eight heads
     python -m study.sizes --grid demo --grade "--judge llama3.1 --n 2"      # options of grade.py
