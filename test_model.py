@@ -504,12 +504,12 @@ def test_a_fresh_model():
         idx = torch.randint(100, (4, 48))
         assert model(idx, idx.roll(-1, 1))[1].item() == pytest.approx(math.log(128), rel=0.02)
         down, up = model.blocks[0].mlp.down.weight, model.blocks[0].mlp.up.weight
-        x = torch.randn(2, 1, 64)
+        x = torch.randn(2, 5, 64)
         if kind == "ours":          # its output projections are zero: a block is the identity
-            assert torch.equal(model.blocks[0](x, rotary=model.rotary[:, :1])[0], x)
+            assert torch.equal(model.blocks[0](x, rotary=model.rotary[:, :5])[0], x)
         elif kind == "copies":      # what it looks at, itself, is added
-            torch.testing.assert_close(model.blocks[0](x, rotary=model.rotary[:, :1])[0],
-                                       x + 0.3 * nn.functional.rms_norm(x, (64,)))
+            torch.testing.assert_close(model.blocks[0](x[:, :1], rotary=model.rotary[:, :1])[0],
+                                       (x + 0.3 * nn.functional.rms_norm(x, (64,)))[:, :1])
             seen, unseen = torch.arange(40).repeat(4, 1), slice(40, 100)
             logits = model(seen)[0][:, -1]
             assert logits[:, :39].mean() > logits[:, unseen].mean() + 0.1   # likelier to come
