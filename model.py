@@ -97,6 +97,11 @@ class Cache:
         self.k[layer, :, :, self.length:S], self.v[layer, :, :, self.length:S] = k, v
         return self.k[layer, :, :, :S], self.v[layer, :, :, :S]
 
+    def keep(self, rows):
+        """Forget all rows but these, a mask (B,)."""
+        rows = rows.to(self.k.device)
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+
 
 def look_back(T, S, window, device):
     """Which of S tokens each of the last T may look at: itself and at most window - 1 before it
@@ -109,17 +114,18 @@ def look_back(T, S, window, device):
 def attend(q, k, v, mask=None, dropout=0.0):
     """Queries (B, H, T, D), keys and values (B, H, S, D) -> what each query gathers (B, H, T, D).
     mask (T, S) says who may look at whom; without one, each looks at itself and all before it (on
-    a CPU, only a single query goes without). A fused kernel never writes the scores down (arXiv
-    2205.14135); it pays for many queries on a GPU, and nowhere for a single one."""
-    many = q.size(2) > 1
+    a CPU, only a single query goes without). For many queries on a GPU, a fused kernel never writes
+    the scores down (arXiv 2205.14135)."""
+    many = q.size(2) > 1        # one query, and another S for each: no time to prepare a product
     if many and q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
     q = q * q.size(-1) ** -0.5
-    scores = q @ k.mT if many else (k @ q.mT).mT    # (B, H, T, S); of one query, k is not copied
+    scores = q @ k.mT if many else (q * k).sum(dim=-1)[:, :, None]      # (B, H, T, S)
     if mask is not None:
         scores = scores + torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
-    weights = torch.softmax(scores, dim=-1, dtype=scores.dtype)     # how much of each value
-    return F.dropout(weights, dropout) @ v if dropout else weights @ v
+    weights = torch.softmax(scores, dim=-1, dtype=scores.dtype)         # how much of each value
+    weights = F.dropout(weights, dropout) if dropout else weights
+    return weights @ v if many else (weights.mT * v).sum(dim=2, keepdim=True)
 
 
 class Attention(nn.Module):
@@ -356,21 +362,26 @@ class GPT(nn.Module):
         cache = Cache(self.config, B, device, self.token_embedding.weight.dtype)
         t = new = int(lengths.min())        # tokens that all rows have; those not yet in the cache
         alive, was_training = torch.full((B,), max_new_tokens > 0), self.training
+        rows = torch.arange(B)              # those in the cache
         self.eval()
         while alive.any():
+            if 2 * alive.sum() <= len(rows):                # half have ended: go on without them
+                cache.keep(alive[rows])
+                rows = rows[alive[rows]]
             if cache.length + new > block_size:             # full: go on with the newer half
                 cache.length, new = 0, min(t, max(1, block_size // 2))
-            logits = self(tokens[:, t - new:t].to(device), cache=cache)[0][:, -1]       # (B, V)
+            logits = self(tokens[rows, t - new:t].to(device), cache=cache)[0][:, -1]    # (rows, V)
             logits = logits[:, :self.config.vocab_size]     # padding is never drawn
-            drawn = draw(logits, temperature, top_k, top_p, generator).cpu()            # (B,)
-            writes = alive & (t >= lengths)
-            tokens[:, t] = torch.where(t < lengths, tokens[:, t], drawn)
+            u = torch.rand(B, 1, generator=generator)[rows]
+            drawn = draw(logits, u.to(device), temperature, top_k, top_p).cpu()         # (rows,)
+            tokens[rows, t] = torch.where(t < lengths[rows], tokens[rows, t], drawn)
+            writes = alive & (t >= lengths)                                             # (B,)
             yield [token if write else None
                    for token, write in zip(tokens[:, t].tolist(), writes.tolist())]
-            t, new = t + 1, 1
-            alive &= t < lengths + max_new_tokens
+            alive &= t + 1 < lengths + max_new_tokens
             if stop is not None:
-                alive &= ~(writes & (drawn == stop))
+                alive &= ~(writes & (tokens[:, t] == stop))
+            t, new = t + 1, 1
         self.train(was_training)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=None,
@@ -384,9 +395,10 @@ class GPT(nn.Module):
         return written
 
 
-def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """Draw one id a row from logits (B, V) -> (B,). Temperature 0 takes the likeliest; top_k keeps
-    the k likeliest; top_p those whose probabilities first add up to p (arXiv 1904.09751)."""
+def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
+    """Draw one id a row from logits (B, V) by numbers u (B, 1) from [0, 1) -> (B,). Temperature 0
+    takes the likeliest; top_k keeps the k likeliest; top_p those whose probabilities first add up
+    to p (arXiv 1904.09751)."""
     if temperature < 1e-4:      # so cold that nothing else is left, and numbers would overflow
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
@@ -398,5 +410,5 @@ def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         tail = ordered.cumsum(dim=-1) - ordered >= top_p    # what comes before already adds up to p
         probs = torch.zeros_like(probs).scatter(1, order, ordered.masked_fill(tail, 0.0))
     ladder = probs.cumsum(dim=-1)                           # one number a row finds its rung
-    u = torch.rand(logits.size(0), 1, generator=generator).to(ladder.device) * ladder[:, -1:]
-    return torch.searchsorted(ladder, u, right=True).squeeze(1).clamp(max=logits.size(-1) - 1)
+    rung = torch.searchsorted(ladder, u * ladder[:, -1:], right=True)
+    return rung.squeeze(1).clamp(max=logits.size(-1) - 1)
