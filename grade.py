@@ -214,6 +214,20 @@ def read_lines(path):
     return lines
 
 
+def graded(folder):
+    """What a run's ledger says of its stories, by the judge (and in the words) of its last line ->
+    {hash of a checkpoint: lines with grades}."""
+    def ruler(line):
+        return [line[part] for part in ("judge", "base_url", "version", "settings")]
+
+    lines, found = {line["key"]: line for line in read_lines(folder / "grades.jsonl")
+                    if line.get("task") == "story" and "grades" in line}, {}
+    for line in lines.values():
+        if ruler(line) == ruler([*lines.values()][-1]):
+            found.setdefault(line["checkpoint"], []).append(line)
+    return found
+
+
 # ------------------------------------------------------------------------- what the pupils write
 
 def read_prompts(args, sample=False):

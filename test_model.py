@@ -1534,11 +1534,11 @@ def test_what_is_learned_when(data, aged, teach, monkeypatch, capsys):
     runs = [str(aged / f"ckpt_{step:06}.pt") for step in (5, 12)]
     asked = ["--base-url", teach.url, "--n=2", "--max_new_tokens=8", "--no-anchors",
              "--prompts", str(aged / "p.txt")]
-    monkeypatch.setattr(Teacher, "script", kindly)
-    grade.main([*runs, *asked, "--judge=mild"])
     monkeypatch.setattr(Teacher, "script", lambda body: kindly(body).replace("8", "2"))
-    grade.main([*runs[:1], *asked, "--judge=strict"])       # it has graded less: its grades are
-    capsys.readouterr()                                     # not mixed with the other's
+    grade.main([*runs[:1], *asked, "--judge=strict"])
+    monkeypatch.setattr(Teacher, "script", kindly)
+    grade.main([*runs, *asked, "--judge=mild"])             # the last: its grades are not mixed
+    capsys.readouterr()                                     # with the other's
     how = argparse.Namespace(run=aged, prompt=["Tom <3"], device="cpu", temperature=0, seed=0,
                              max_new_tokens=3)
     meta = json.loads((aged / "meta.json").read_text())
@@ -1683,44 +1683,20 @@ def test_what_heads_do_is_measured():
     back, repeat = torch.zeros(2, 7, 7)
     back[range(7), [0, 0, 1, 2, 3, 4, 5]] = 1           # a head that looks at the token before
     repeat[range(7), [0, 1, 2, 3, 2, 3, 6]] = 1         # at what followed the same token, or itself
-    name = torch.tensor([False, False, True] + [False] * 4)
-    columns = inside.measure(torch.stack((back, repeat))[None], ids, name, 10)
-    first, before, same, after, names, *reach = columns.T.tolist()[0]
-    assert (before, same, after, names) == (1, 0, 0, 0.25) and first == pytest.approx(1 / 6)
-    assert reach.index(max(reach)) == 1
-    first, before, same, after, names, *reach = columns.T.tolist()[1]
-    assert (first, before, same, after, names) == (0, 0, 0, 1, 0.25)
-    assert reach.index(max(reach)) == 0 and sum(reach) == pytest.approx(6 / 7)
-    alike = columns.T.tolist()[2]                       # no head: all tokens get as much
-    assert alike[1] == pytest.approx(sum(1 / n for n in range(2, 8)) / 6)
+    [heads] = inside.measure(torch.stack((back, repeat))[None], ids).tolist()
+    assert heads == [pytest.approx([1, 1 / 6, 1, 0, 0]), pytest.approx([2 * 2 / 6, 0, 0, 0, 1])]
 
 
-def test_what_top_tokens_have_in_common_is_counted():
-    words = ["■", "Once", ",", " Tom", " saw", " a", " dog", ".", ' "', "He", '."', " So", " Tom"]
-    known = inside.facts(words)
-
-    def does(phrase):
-        return [word for word, phrases in zip(words, known) if phrase in phrases]
-
-    assert does(inside.NAMES) == [" Tom", " Tom"] and does("are pronouns") == ["He"]
-    assert does("are names that are new in their story") == [" Tom"]
-    assert does("follow a, an or the") == [" dog"] and does("stand in quotes") == ["He", '."']
-    assert does("follow: tom") == [" saw"] and does("stand before: a") == [" saw"]
-    base = Counter(phrase for phrases in known for phrase in phrases)
-    found = {phrase: more for *more, phrase in inside.common(known, base, [3, 12, 9])}
-    score, count = found[inside.NAMES]                  # Tom, Tom, He
-    assert count == 2 and score == pytest.approx(2 / 3 * math.log((2 / 3) / (2 / 13)))
-    assert found["are: he"][0] < score and found["are: he"][1] == 1 and "are: a" not in found
-
-
-def test_neurons_are_chosen_for_what_they_share(monkeypatch):
-    monkeypatch.setattr(inside, "TOP", 2)
-    words = ["■", " Tom", " saw", " a", " dog", " and", " Tom", " saw", " a", " cat", ".", "■"]
-    known, neurons = inside.facts(words), torch.zeros(2, 12, 3)
-    neurons[0, [1, 6], 1] = 1.0                         # Tom, and nothing else
-    neurons[1, [2, 4, 5], 2] = torch.tensor([2.0, 1.5, 1.0])    # this and that, but the largest
-    neurons[1, 9, 0] = 0.5                              # too little
-    assert inside.choose(neurons, known, Counter(sum(known, [])), 9) == [(1, 2), (0, 1)]
+def test_top_tokens_are_shown_in_their_contexts_with_what_is_common_to_them(monkeypatch):
+    monkeypatch.setattr(inside, "TOP", 3)
+    words, fired = ["■", " a", " cat", " saw", " a", " dog", ".", "■", " a", " bee"], torch.zeros(10)
+    fired[[2, 5, 9]] = torch.tensor([1.0, 2.0, 3.0])
+    neuron = inside.describe_neuron(words, fired)
+    assert neuron["says"] == "3 of 3 follow “a”"
+    assert [[word for word, _, top in around if top] for around in neuron["tokens"]] == [
+        [" bee"], [" dog"], [" cat"]]
+    assert neuron["tokens"][2][0] == ["■", 0.0, False]
+    assert inside.describe_neuron(words, -fired)["tokens"] == []
 
 
 @pytest.fixture
@@ -1757,7 +1733,7 @@ def test_the_page_shows_all_heads_and_the_largest_activations(run, data, capsys)
     model, tokenizer = sample.load_run(run, "cpu", torch.float32)
     outputs = []
     model.blocks[1].mlp.up.register_forward_hook(lambda _, x, y: outputs.append(y[0, 1:, 7]))
-    stories = inside.read_stories(str(data), 3)
+    stories = inside.read_stories(data, 3)
     assert len(stories) == 3 and not any(prepare.MARK in story for story in stories)
     for story in stories:
         ids = [tokenizer.eot_token, *tokenizer.encode_ordinary(story)]
@@ -1771,23 +1747,23 @@ def test_the_page_shows_all_heads_and_the_largest_activations(run, data, capsys)
 
 def test_inside_chooses_neurons_and_does_without_stories(run, capsys):
     inside.main([str(run), "--neurons", "5", "--stories", "4"])
-    assert len(page_data(run)["neurons"]) == 5
+    tops = [[token[1] for token in neuron["tokens"][0] if token[2]]
+            for neuron in page_data(run)["neurons"].values()]
+    assert len(tops) == 5 and tops == sorted(tops, reverse=True)
     (run / "meta.json").unlink()
-    inside.main([str(run / "ckpt.pt")])
-    assert "python prepare.py" in capsys.readouterr().err
-    assert "python prepare.py" in page_data(run)["about"]
+    inside.main([str(run / "ckpt.pt"), "--stories", "2"])   # the grammar tells some
+    assert "2 stories" in page_data(run)["about"]
 
 
-@pytest.mark.parametrize("arguments, code, says", [
-    (["--neuron", "3.0"], 2, "3 layers of 128 neurons, named 0.0 to 2.127"),
-    (["--neuron", "0.128"], 2, "no neuron 0.128"), (["--neuron", "x"], 2, "no neuron x"),
-    (["--text", "a " * 200], 2, "1 to 47"), (["--text", ""], 2, "has 0 tokens"),
-    (["--stories", "0"], 2, "1 or more"), (["--dataset", "nowhere"], 1, "prepare.py nowhere")])
-def test_what_is_not_inside_is_said_in_words(run, arguments, code, says, capsys):
+@pytest.mark.parametrize("arguments, says", [
+    (["--neuron", "3.0"], "3 layers of 128 neurons, named 0.0 to 2.127"),
+    (["--neuron", "0.128"], "no neuron 0.128"), (["--neuron", "x"], "no neuron x"),
+    (["--text", "a " * 200], "1 to 47"), (["--text", ""], "has 0 tokens"),
+    (["--stories", "0"], "1 or more")])
+def test_what_is_not_inside_is_said_in_words(run, arguments, says, capsys):
     with pytest.raises(SystemExit) as error:
         inside.main([str(run), *arguments])
-    message = capsys.readouterr().err if code == 2 else error.value.code
-    assert (error.value.code == 2) == (code == 2) and says in message
+    assert error.value.code == 2 and says in capsys.readouterr().err
     assert not (run / "inside.html").exists()
 def test_true_endings_pass_all_checks_and_others_do_not(stories):
     told = [checks.cut(story)[1] for story in stories[:300]]
@@ -1849,21 +1825,21 @@ def test_a_grid_is_trained_once_and_reported(data, tmp_path, monkeypatch, capsys
     sizes.main(["--grid", "demo", "-n", "6"])
     folder = tmp_path / "out" / "sizes" / "demo"
     text, printed = (folder / "report.md").read_text(), capsys.readouterr().out
-    assert printed.count("\n| w") == text.count("\n| w") == 2 and "step" not in printed
+    assert printed.count("\n| w") == text.count("\n| w") == 2 and "2 of 2, " in printed
     assert "| w16_l2_h2 | 16    | 2 " in text and "(twice the parameters): loss" in text
     assert all(check + ", % of endings" in text for check in checks.CHECKS) and "nan" not in text
     assert {path.name for path in folder.glob("*.png")} == {"maps.png", "frontiers.png"}
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.pt")}
+    newest = prepare.file_sha256(folder / "w16_l1_h2" / "ckpt.pt")[:16]
     with open(folder / "w16_l1_h2" / "grades.jsonl", "w") as ledger:    # the last two count
-        for key, version, checkpoint, mark in (("a", "old", "2", 1), ("b", "", "1", 2),
-                                               ("c", "", "2", 7), ("d", "", "2", 8)):
+        for key, version, checkpoint, mark in (("a", "old", newest, 1), ("b", "new", "before", 2),
+                                               ("c", "new", newest, 7), ("d", "new", newest, 8)):
             print(json.dumps({
-                "key": key, "version": version or grade.version("story"), "judge": "me",
-                "checkpoint": checkpoint, "model": "w16_l1_h2",
+                "key": key, "version": version, "judge": "me", "base_url": "", "settings": {},
+                "checkpoint": checkpoint, "task": "story",
                 "grades": dict.fromkeys(grade.NUMBERS, mark)}), file=ledger)
     assert sizes.grades(folder / "w16_l1_h2")["plot (me)"] == 7.5
-    monkeypatch.setattr(sizes, "check_run", None)           # nothing is measured again
-    sizes.main(["--grid", "demo", "-n", "6"])
+    sizes.main(["--grid", "demo", "-n", "6"])                           # nothing is trained again
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.pt")}
     assert "plot (me)" in (folder / "report.md").read_text() and len(before) == 2
     with pytest.raises(SystemExit, match="other settings: seed"):

@@ -3,7 +3,7 @@
     python -m study.sizes --grid demo       # nine small models: 9 minutes on two CPU cores
     python -m study.sizes --grid paper      # the paper's Figure 4: hours on a large GPU
     python -m study.sizes --grid heads      # its Figure 24: two, four, eight heads
-    python -m study.sizes --grid demo --grade "--judge llama3.1 --n 2"      # options of grade.py
+    python grade.py out/sizes/demo/w*       # a judge's grades; the command above puts them in
 
 Every shape of a grid is trained on the same tokens, as a run of train.py in out/sizes/<grid>/, and
 then looked at: its loss, the checks of study/checks.py, a judge's grades where there are any. The
@@ -13,9 +13,7 @@ command goes on. Settings of train.py can be added, as in --dataset=excerpt --ma
 
 import argparse
 import contextlib
-import json
 import math
-import shlex
 import time
 from pathlib import Path
 
@@ -68,60 +66,41 @@ def plan(name, changes=()):
 
 
 def work(settings):
-    """Operations of a run, about (10,000 tokens are guessed)."""
+    """Operations of training that a run still needs, about (10,000 tokens are guessed)."""
     with torch.device("meta"):                          # no memory for the weights
         model = GPT(train.model_config(settings, 10_000))
-    return model.flops_per_token() * settings.batch_tokens * settings.max_steps
-
-
-def run(settings):
-    """Train one shape, go on with it, or see that it is finished; what train.py says is kept."""
-    folder = Path(settings.out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "train.txt", "a", encoding="utf-8") as page, \
-            contextlib.redirect_stdout(page):
-        try:
-            train.train(settings)
-        except SystemExit as error:
-            raise KeyboardInterrupt if error.code == 130 else error
-    torch.compiler.reset()              # after some shapes, it would give up compiling
+    log = Path(settings.out_dir, "log.csv")
+    steps = [int(row["step"]) for row in train.read_log(log)] if log.exists() else []
+    return (settings.max_steps - max(steps, default=0)) * settings.batch_tokens * \
+        model.flops_per_token()
 
 
 def measure(settings, n):
-    """What a finished run has come to; kept beside it, for it takes a while."""
+    """What a finished run has come to."""
     folder = Path(settings.out_dir)
-    path, of = folder / "sizes.json", [(folder / "ckpt.pt").stat().st_mtime_ns, n]
-    row = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    if row.get("of") != of:
-        data, meta = train.find_data(settings.dataset)
-        model, tokenizer = sample.load_run(folder, settings.device, torch.float32)
-        told = meta["dataset"] == "sample"              # by the grammar, which can check it
-        stories = train.validation(data / "val.bin", meta, settings.block_size,
-                                   0 if told else settings.eval_tokens, 16)[1]
-        looks = [(model.flops_per_token() * int(look["tokens"]), float(look["val_loss"]))
-                 for look in train.read_log(folder / "log.csv") if look["val_loss"]]
-        checked = check_run(model, tokenizer, n) if told else {}
-        row = {"of": of, "shape": (settings.n_embd, settings.n_layer, settings.n_head),
-               "parameters": model.count_parameters(embeddings=False), "looks": looks,
-               "whole stories": train.evaluate(model, stories, model.token_embedding.weight.device,
-                                               contextlib.nullcontext),
-               "entropy": meta.get("entropy_bound", {}).get("nats_per_token"),
-               "scores": {"loss": looks[-1][1],
-                          **{check: 100 * share for check, share in checked.items()}}}
-        prepare.write_text(path, json.dumps(row))
-    return {**row, "scores": row["scores"] | grades(folder)}
+    data, meta = train.find_data(settings.dataset)
+    model, tokenizer = sample.load_run(folder, settings.device, torch.float32)
+    told = meta["dataset"] == "sample"                  # by the grammar, which can check it
+    stories = train.validation(data / "val.bin", meta, settings.block_size,
+                               0 if told else settings.eval_tokens, 16)[1]
+    looks = [(model.flops_per_token() * int(look["tokens"]), float(look["val_loss"]))
+             for look in train.read_log(folder / "log.csv") if look["val_loss"]]
+    checked = check_run(model, tokenizer, n) if told else {}
+    return {"shape": (settings.n_embd, settings.n_layer, settings.n_head), "looks": looks,
+            "parameters": model.count_parameters(embeddings=False),
+            "whole stories": train.evaluate(model, stories, model.token_embedding.weight.device,
+                                            contextlib.nullcontext),
+            "entropy": meta.get("entropy_bound", {}).get("nats_per_token"),
+            "scores": {"loss": looks[-1][1], **{check: 100 * share
+                                                for check, share in checked.items()}}}
 
 
 def grades(folder):
-    """A run's mean grades out of ten, by the judges in its ledger (see grade.py)."""
-    lines = {line["key"]: line for line in grade.read_lines(folder / "grades.jsonl")
-             if line.get("version") == grade.version("story") and line["model"] == folder.name}
-    newest, found = [line["checkpoint"] for line in lines.values()][-1:], {}
-    for line in lines.values():
-        if line["checkpoint"] in newest and "grades" in line:
-            for metric in grade.NUMBERS:
-                found.setdefault(f"{metric} ({line['judge']})", []).append(line["grades"][metric])
-    return {metric: float(np.mean(marks)) for metric, marks in found.items()}
+    """A run's mean grades out of ten, by the last judge in its ledger (see grade.py)."""
+    lines = grade.graded(folder).get(prepare.file_sha256(folder / "ckpt.pt")[:16], [])
+    return {f"{metric} ({lines[0]['judge']})": float(np.mean([line["grades"][metric]
+                                                              for line in lines]))
+            for metric in grade.NUMBERS if lines}
 
 
 # -------------------------------------------------------------------------------------- the report
@@ -148,9 +127,9 @@ differ by less than {chance:.0f} points.
 
 ![How large for how much compute](frontiers.png)
 
-Left, the end of each run, ringed where no smaller model has a lower loss. Right, every look at
-every run; the black line is the lowest loss for the operations spent: an upper bound, for a run
-whose learning rate has yet to fall looks worse than one that was planned to end there.
+Left, the end of each run; right, every look at every run. The black line is the lowest loss for so
+many parameters (the best shapes are its corners), and for the operations spent: there an upper
+bound, for a run whose learning rate has yet to fall looks worse than one planned to end there.
 """
 
 
@@ -184,12 +163,11 @@ def conclusions(rows):
     return "\n".join(lines)
 
 
-def report(runs, n):
-    """Measure runs that are finished, and write report.md and its pictures -> the table."""
-    folder, rows, cells = Path(runs[0].out_dir).parent, {}, {}
-    for settings in runs:
-        name = Path(settings.out_dir).name
-        row = rows[name] = measure(settings, n)
+def report(folder, rows, n):
+    """Write report.md and its pictures about runs that are measured -> the table."""
+    cells = {}
+    for name, row in rows.items():
+        row["scores"] |= grades(folder / name)
         scores, whole, entropy = row["scores"], row["whole stories"], row["entropy"]
         paper = grade.of_the_paper([{"shape": row["shape"][:2]}])
         cells[name] = {
@@ -231,11 +209,10 @@ def draw_maps(path, rows):
 
 
 def draw_frontiers(path, rows):
-    """The loss against parameters, ringed where none smaller has less; and against operations, in
-    black the lowest so far."""
+    """The loss against parameters and against operations; in black, the lowest so far."""
     figure = Figure(figsize=(12, 5), layout="constrained")
     ends = {name: [(row["parameters"], row["looks"][-1][1])] for name, row in rows.items()}
-    looks = {name: [tuple(look) for look in row["looks"]] for name, row in rows.items()}
+    looks = {name: row["looks"] for name, row in rows.items()}
     layers = sorted({row["shape"][1] for row in rows.values()})
     for ax, what, points in zip(figure.subplots(1, 2), (
             "parameters without embeddings", "operations of training"), (ends, looks)):
@@ -243,13 +220,8 @@ def draw_frontiers(path, rows):
             color = f"C{layers.index(row['shape'][1])}"             # as many layers, one color
             ax.plot(*zip(*points[name]), ".-", color=color)
             ax.annotate(name, points[name][-1], (7, 3), fontsize=8, textcoords="offset points")
-        across, losses = map(np.array, zip(*sorted(sum(points.values(), []))))
-        lowest = np.minimum.accumulate(losses)
-        if points is ends:
-            first = losses == lowest
-            ax.plot(across[first], losses[first], "o", color="k", fillstyle="none", markersize=12)
-        else:
-            ax.plot(across, lowest, "k-", drawstyle="steps-post")
+        across, losses = zip(*sorted(sum(points.values(), [])))
+        ax.plot(across, np.minimum.accumulate(losses), "k-", drawstyle="steps-post", alpha=0.5)
         ax.set(xscale="log", yscale="log", xlabel=what, ylabel="loss, nats per token")
         ax.yaxis.set_major_formatter("{x:.2g}")
         ax.yaxis.set_minor_formatter("{x:.2g}")
@@ -261,21 +233,17 @@ def draw_frontiers(path, rows):
 # ------------------------------------------------------------------------------------------ main
 
 def study(args, changes):
-    runs = plan(args.grid, changes)
-    costs, began, spent = [work(settings) for settings in runs], time.time(), 0.0
-    for number, (settings, cost) in enumerate(zip(runs, costs), 1):
-        left = (sum(costs[number - 1:]) / spent * (time.time() - began) / 60) if spent else 0
-        print(f"{number} of {len(runs)}, " + f"{left:.0f} minutes left, " * bool(left)
-              + f"writes {settings.out_dir}/train.txt", flush=True)
-        spent += 0.0 if (Path(settings.out_dir) / "sizes.json").exists() else cost
-        run(settings)
-        table = report(runs[:number], args.n)
-    if args.grade is not None:
-        try:
-            grade.main([*(settings.out_dir for settings in runs), *args.grade])
-        finally:                        # what was judged is in the ledgers, wherever it stopped
-            table = report(runs, args.n)
-    print(f"\n{table}\n\nThe report: {Path(runs[0].out_dir).parent / 'report.md'}")
+    runs, rows = plan(args.grid, changes), {}
+    folder, costs, began = Path("out/sizes", args.grid), [*map(work, runs)], time.time()
+    for number, settings in enumerate(runs):
+        spent = sum(costs[:number])
+        left = sum(costs[number:]) / spent * (time.time() - began) / 60 if spent else 0
+        print(f"\n{number + 1} of {len(runs)}" + f", {left:.0f} minutes left" * bool(left))
+        train.train(settings)               # or go on with it, or see that it is finished
+        torch.compiler.reset()              # after some shapes, it would give up compiling
+        rows[Path(settings.out_dir).name] = measure(settings, args.n)
+        table = report(folder, rows, args.n)
+    print(f"\n{table}\n\nThe report: {folder / 'report.md'}")
 
 
 def main(argv=None):
@@ -283,18 +251,12 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", required=True, choices=GRIDS)
     parser.add_argument("-n", type=int, default=200, help="stories to check (default 200)")
-    parser.add_argument("--grade", nargs="?", const="", metavar="OPTIONS",
-                        help="let a judge grade all runs; OPTIONS are grade.py's, in quotes")
     args, changes = parser.parse_known_args(argv)
     if args.n < 1:
         parser.error("-n must be 1 or more")
     for change in changes:
         if change.partition("=")[0] in ("--n_embd", "--n_layer", "--n_head", "--out_dir"):
             parser.error(f"{change}: that is what the grid itself sets")
-    try:
-        args.grade = args.grade if args.grade is None else shlex.split(args.grade)
-    except ValueError as error:
-        parser.error(f"--grade: {error}")
     prepare.command(study, args, changes, folder=Path("out/sizes", args.grid))
 
 

@@ -12,9 +12,7 @@ these checkpoints. when.png draws the curves. After arXiv 2305.07759, Figure 3.
 """
 
 import argparse
-import json
 import re
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +26,6 @@ import train
 from study.checks import EXPLAINED, check_run
 
 CHECKED = 100                       # stories that each checkpoint ends, where they can be checked
-PAPER_TOKENS = 80 * 16 * 512        # of a step
 PAPER = ("The paper (Figure 3: width 768, TinyStories, constant learning rate): grammar stops "
          "rising after 300-500 steps, consistency and creativity go on; the validation loss of 4, "
          "8 and 12 layers is flat from 1,000-1,500 steps on, while the training loss still falls, "
@@ -44,27 +41,6 @@ def kept(folder):
         raise SystemExit(f"{folder} has kept its last checkpoint only. Train it anew, with "
                          "--keep_checkpoints=True --save_interval=100 --overwrite=True")
     return dict(sorted(files.items()))
-
-
-def find_grades(folder, files):
-    """What grade.py's ledger holds about checkpoints: {step: lines}, of the judge (and the wording
-    of the question) that has graded most, and that judge's name; {}, "" if there is none."""
-    step_of = {prepare.file_sha256(file)[:16]: step for step, file in files.items()}
-    lines = {line["key"]: line for line in grade.read_lines(folder / "grades.jsonl")
-             if line.get("task") == "story" and line.get("grades")
-             and line.get("checkpoint") in step_of}
-
-    def ruler(line):
-        return line["judge"], line["base_url"], line["version"], json.dumps(line["settings"])
-
-    if not lines:
-        return {}, ""
-    [(best, _)] = Counter(map(ruler, lines.values())).most_common(1)
-    graded = {}
-    for line in lines.values():
-        if ruler(line) == best:
-            graded.setdefault(step_of[line["checkpoint"]], []).append(line)
-    return graded, best[0]
 
 
 def draw(path, panels):
@@ -93,7 +69,7 @@ def study(args):
     prompts = args.prompt or [row["prompt"] for row in grade.read_prompts(argparse.Namespace(
         prompts=None, task="instruct" if "instruct" in dataset else "story"),
         dataset in prepare.SAMPLES)[:3]]
-    graded, judge = find_grades(folder, files)
+    graded, judge = grade.graded(folder), ""
     losses, grades, checks = {}, {}, {}
     for name in ("train_loss", "val_loss"):
         if points := [(int(row["step"]), float(row[name])) for row in log if row[name]]:
@@ -109,10 +85,12 @@ def study(args):
         for name in ("train loss", "val loss"):
             loss = dict(losses.get(name, ())).get(step)
             row[name] = f"{loss:.3f}" if loss else "-"
-        for name in grade.NUMBERS if step in graded else ():
-            marks = grade.scores(graded[step], name).values()
-            row[name] = grade.cell(marks)
-            grades.setdefault(name, []).append((step, *grade.interval(marks)))
+        if lines := graded.get(prepare.file_sha256(file)[:16]):
+            judge = lines[0]["judge"]
+            for name in grade.NUMBERS:
+                marks = grade.scores(lines, name).values()
+                row[name] = grade.cell(marks)
+                grades.setdefault(name, []).append((step, *grade.interval(marks)))
         if dataset == "sample":             # told by our grammar, which can check it
             for name, share in check_run(model, tokenizer, CHECKED).items():
                 row[f"checked: {name}"] = f"{share:.0%}"
@@ -124,10 +102,10 @@ def study(args):
         losses["the grammar's own (whole stories)"] = [(step, bound) for step in files]
     if checks:
         notes.append(EXPLAINED)
-    notes.append(f"Grades by {judge}: means and 95 % intervals, without empty stories." if graded
+    notes.append(f"Grades by {judge}: means and 95 % intervals, without empty stories." if judge
                  else "No judge has graded these checkpoints: python grade.py "
                  f"{(folder / 'ckpt_*.pt').as_posix()} --n 1")
-    differs = f"Its steps read {PAPER_TOKENS:,} tokens each, these {batch:,}. " + (
+    differs = f"Its steps read {80 * 16 * 512:,} tokens each, these {batch:,}. " + (
         "Its losses compare as far as its 10,000 tokens are alike." if dataset == "tinystories" else
         f"This text is another one ({dataset}): compare what comes first, not the numbers.")
     parts = [f"# What {folder.resolve().name} learned when", table, *notes, f"{PAPER} {differs}",
