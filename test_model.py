@@ -1248,9 +1248,8 @@ def test_what_grade_imports_and_measures(tmp_path):
     code = "import sys, grade; assert not {'torch', 'openai', 'matplotlib'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE)
     assert grade.interval([[4, 6], [8]]) == pytest.approx((6, 5, 8), abs=0.1)
-    for n in range(1, 30):                  # all grades are equal: no bound is beyond the mean
-        mean, low, high = grade.interval([[7.1] * (1 + i % 3) for i in range(n)])
-        assert low <= mean <= high
+    mean, low, high = grade.interval([[8.7] * (1 + i % 10) for i in range(14)])
+    assert low <= mean <= high              # equal, and rounded otherwise
     words = {"beginnings.txt": 50, "instructions.jsonl": 50, "probes.jsonl": 24}
     for (task, name) in grade.FILES.items():
         asked = argparse.Namespace(prompts=None, task=task)
