@@ -8,7 +8,7 @@ It writes out/<name of the config>/: ckpt.pt, the tokenizer, log.csv and loss.pn
 time: the step is finished and saved, and the same command goes on.
 """
 
-import ast
+import argparse
 import contextlib
 import csv
 import ctypes
@@ -83,7 +83,7 @@ class Settings:
     seed: int = 0
     device: str = "auto"            # auto, cpu, cuda, mps
     dtype: str = "auto"             # auto, bfloat16, float16, float32
-    compile: bool | None = None     # torch.compile; None: on CUDA
+    compile: str = "auto"           # torch.compile: True, False, auto (on CUDA)
     # a run that is already there
     resume: bool = False            # go on though harmless settings have changed (not needed else)
     overwrite: bool = False         # throw it away
@@ -91,89 +91,78 @@ class Settings:
 
 CHOICES = {"optimizer": ("muon", "adamw"), "schedule": ("constant", "cosine", "linear"),
            "device": ("auto", "cpu", "cuda", "mps"),
-           "dtype": ("auto", "bfloat16", "float16", "float32")}
+           "dtype": ("auto", "bfloat16", "float16", "float32"),
+           "compile": ("auto", "True", "False")}
+BOUNDS = {"batch_tokens": (1, 1e9), "max_steps": (1, 1e9), "log_interval": (1, 1e9),
+          "decay": (0, 1), "final_lr": (0, 1), "momentum": (0, 0.9999), "beta2": (0, 0.9999)}
 HARMLESS = {"eval_interval", "eval_tokens", "log_interval", "save_interval", "max_steps",
             "keep_checkpoints", "micro_batch", "device", "dtype", "compile"}
 
 
 # -------------------------------------------------------------------------------------- settings
 
-def wrong(message):
-    """End with one sentence and the exit code of a wrong call."""
-    print(f"train.py: {message}", file=sys.stderr)
-    raise SystemExit(2)
+def boolean(text):
+    return ("False", "True").index(text) == 1           # ValueError: it is neither
+
+
+def nearest(word, words):
+    return difflib.get_close_matches(word, words, n=1, cutoff=0)[0]
 
 
 def load_config(argv):
-    """Settings from ["config/demo.py", "--key=value", ...]; what comes later counts."""
-    types, values, name = {field.name: field.type for field in fields(Settings)}, {}, "run"
-
-    def put(key, value, where):
-        if key not in types:
-            near = difflib.get_close_matches(key, types, n=1)
-            wrong(f"{where}: there is no setting {key!r}"
-                  + (f"; did you mean {near[0]}?" if near else "; python train.py -h lists them"))
-        kind = types[key]
-        if kind is float and type(value) is int or kind is int and type(value) is float \
-                and value.is_integer():
-            value = kind(value)
-        if not (isinstance(value, kind) and (type(value) is not bool or kind is not int)):
-            name_of_type = getattr(kind, "__name__", kind)
-            wrong(f"{where}: {key} is {value!r}; it must be of type {name_of_type}")
-        if value not in CHOICES.get(key, (value,)):
-            wrong(f"{where}: {key} is {value!r}; it must be one of {', '.join(CHOICES[key])}")
-        values[key] = value
-
-    for arg in argv:
-        if arg.startswith("--"):
-            key, equals, text = arg[2:].partition("=")
-            if not (key and equals):
-                wrong(f"{arg}: settings are written --name=value, without spaces")
-            try:
-                value = text if types.get(key) is str else ast.literal_eval(text)
-            except (ValueError, SyntaxError):
-                value = text
-            put(key, value, arg)
-        else:
-            path, namespace = Path(arg), {}
-            if not path.is_file():
-                known = [file.as_posix() for file in sorted(Path("config").glob("*.py"))]
-                near = difflib.get_close_matches(arg, known, n=1)
-                wrong(f"there is no config file {arg}" + (f"; did you mean {near[0]}?" if near else
-                      ". Settings are written --name=value, without spaces"))
-            try:
-                exec(compile(path.read_text(encoding="utf-8-sig"), arg, "exec"), namespace)
-            except Exception as error:
-                wrong(f"{arg}: {type(error).__name__}: {error}")
-            for key, value in namespace.items():        # what it imports and _calls may help it
-                if not (key[0] == "_" or inspect.ismodule(value) or callable(value)):
-                    put(key, value, arg)
-            name = path.stem
-    settings = Settings(**values)
+    """Settings from ["config/demo.py", "--key=value", ...]. What a config file sets becomes such
+    an option, so that one parser checks all; those that are given count more."""
+    parser = argparse.ArgumentParser(
+        usage="python train.py [CONFIG.py] [--name=value ...]", allow_abbrev=False,
+        description=__doc__ + "\n" + inspect.getsource(Settings),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in fields(Settings):
+        parser.add_argument(f"--{field.name}", type=boolean if field.type is bool else field.type,
+                            choices=CHOICES.get(field.name), help=argparse.SUPPRESS)
+    options, name = [], "run"
+    for path in (Path(arg) for arg in argv if not arg.startswith("-")):
+        given, name = {}, path.stem
+        if not path.is_file():
+            known = [file.stem for file in (prepare.HERE / "config").glob("*.py")]
+            parser.error(f"there is no config file {path}; did you mean config/"
+                         f"{nearest(name, known)}.py? Settings are --name=value, without spaces")
+        try:
+            exec(compile(path.read_text(encoding="utf-8-sig"), path, "exec"), given)
+        except Exception as error:
+            parser.error(f"{path}: {type(error).__name__}: {error}")
+        options += [f"--{key}={value}" for key, value in given.items()  # not what it imports
+                    if not (key[0] == "_" or inspect.ismodule(value) or callable(value))]
+    options += [arg for arg in argv if arg.startswith("-")]
+    settings, unknown = parser.parse_known_args(options, Settings())
+    if unknown:
+        parser.error(f"there is no setting {unknown[0]}; did you mean "
+                     f"--{nearest(unknown[0], vars(settings))}? -h lists them")
+    for key, value in vars(settings).items():
+        least, most = BOUNDS.get(key, (0, 1e9))
+        if isinstance(value, (int, float)) and not least <= value <= most:      # nan is not
+            parser.error(f"{key} is {value}; it must lie between {least} and {most:g}")
+    try:
+        model_config(settings, vocab_size=1)            # are its sizes possible?
+        deal(settings, int(os.environ.get("WORLD_SIZE", 1)))
+    except ValueError as error:
+        parser.error(str(error))
     settings.out_dir = settings.out_dir or f"out/{name}"
-    for key in ("learning_rate", "batch_tokens", "block_size", "log_interval"):
-        if not 0 < getattr(settings, key) < math.inf:
-            wrong(f"{key} is {getattr(settings, key)}; it must be more than 0, and finite")
-    for key in ("warmup_steps", "max_steps", "eval_interval", "eval_tokens", "save_interval",
-                "micro_batch", "grad_clip", "weight_decay", "seed"):
-        if not 0 <= getattr(settings, key) < 1 << 62:
-            wrong(f"{key} is {getattr(settings, key)}; it must not be negative, nor beyond bounds")
-    for key, end in (("decay", 1), ("final_lr", 1), ("momentum", 0.9999), ("beta2", 0.9999)):
-        if not 0 <= getattr(settings, key) <= end:
-            wrong(f"{key} is {getattr(settings, key)}; it must lie between 0 and {end}")
-    model_config(settings, vocab_size=1)                # are its sizes possible?
-    if settings.batch_tokens % settings.block_size:
-        wrong(f"batch_tokens {settings.batch_tokens} is not a multiple of block_size "
-              f"{settings.block_size}")
     return settings
 
 
 def model_config(settings, vocab_size):
     names = {field.name for field in fields(GPTConfig)} - {"vocab_size"}
-    try:
-        return GPTConfig(vocab_size, **{name: getattr(settings, name) for name in names})
-    except ValueError as error:
-        wrong(error)
+    return GPTConfig(vocab_size, **{name: getattr(settings, name) for name in names})
+
+
+def deal(settings, world):
+    """The rows of a step (of all ranks), and how many a rank takes at a time."""
+    rows, rest = divmod(settings.batch_tokens, settings.block_size)
+    micro = min(settings.micro_batch or rows, max(rows // world, 1))
+    if rest or rows % (world * max(micro, 1)):
+        raise ValueError(f"batch_tokens {settings.batch_tokens} cannot be dealt to {world} "
+                         f"process(es) in micro-batches of {micro} x {settings.block_size} tokens")
+    return rows, micro
 
 
 # ------------------------------------------------------------------------------------------ data
@@ -297,15 +286,10 @@ def evaluate(model, batches, device, autocast):
 
 def choose_device(settings, local_rank):
     name = best_device() if settings.device == "auto" else settings.device
-    if name == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("device is cuda, but torch sees no CUDA device. Use --device=auto, or "
-                         "install the torch build that fits your driver (pytorch.org).")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise SystemExit("device is mps, but torch sees no Apple GPU. Use --device=auto.")
     device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
     try:
         torch.ones(1, device=device).add_(1)
-    except RuntimeError as error:                       # "no kernel image is available ..."
+    except (RuntimeError, AssertionError) as error:     # there is none, or torch is not made for it
         raise SystemExit(f"{device} cannot be used with torch {torch.__version__} ("
                          f"{str(error).splitlines()[0][:120]}). Use --device=cpu, or install the "
                          "torch build that fits your GPU and driver (pytorch.org).")
@@ -422,74 +406,71 @@ COLUMNS = ["step", "tokens", "seconds", "train_loss", "val_loss", "val_bpb", "lr
            "tokens_per_s"]
 
 
+def write_log(path, log):
+    rows = [COLUMNS, *([row.get(column, "") for column in COLUMNS] for row in log)]
+    text = "".join(",".join(map(str, row)) + "\n" for row in rows)
+    keep(path, lambda file: file.write(text.encode()))
+
+
 def read_log(path):
-    with open(path, newline="", encoding="utf-8", errors="replace") as file:
-        reader = csv.DictReader(file)
-        rows = [row for row in reader if None not in row.values()]
-    if reader.fieldnames != COLUMNS:
-        raise SystemExit(f"{path} is not as train.py wrote it (has a spreadsheet saved it?). Move "
-                         "it away, and give the same command again.")
-    return rows
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
-def write_log(path, rows):
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS)
-    writer.writeheader()
-    writer.writerows(rows)
-    return keep(path, lambda file: file.write(text.getvalue().encode()))
-
-
-def draw_loss(folder, bound=None):
-    """log.csv -> loss.png, with the entropy of the grammar where we know it."""
+def draw_loss(folder, log, bound=None):
+    """The log as loss.png, with the entropy of the grammar where we know it."""
     from matplotlib.figure import Figure        # pyplot would look for a screen
-    rows = read_log(folder / "log.csv")
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     for column, style in (("train_loss", "-"), ("val_loss", "o-")):
-        points = [(int(row["tokens"]), float(row[column])) for row in rows if row[column]]
+        points = [(row["tokens"], row[column]) for row in log if column in row]
         if points:
             axes.plot(*zip(*points), style, label=column.replace("_", " "), markersize=4)
     if bound:
         axes.axhline(bound, color="gray", linestyle=":",
                      label="the grammar's own entropy (whole stories)")
-    axes.set(xlabel="tokens", ylabel="nats per token", title=folder.name)
-    if len(rows) > 20:                              # what is of interest lies below the first fall
-        early = [float(row["train_loss"]) for row in rows[len(rows) // 20:] if row["train_loss"]]
-        axes.set_ylim(0, 1.1 * max(early, default=10))
-    axes.grid(alpha=0.3)
+    axes.set(xlabel="tokens", ylabel="nats per token", yscale="log", title=folder.name)
+    axes.yaxis.set_major_formatter("{x:.3g}")
+    axes.yaxis.set_minor_formatter("{x:.3g}")
+    axes.grid(alpha=0.3, which="both")
     axes.legend()
     keep(folder / "loss.png", lambda file: figure.savefig(file, dpi=120))
 
 
-def take_up(settings, folder, meta):
-    """What to do with a run that is already in out_dir -> its checkpoint, or None to begin."""
-    path = folder / "ckpt.pt"
-    if settings.overwrite or not (path.exists() or [*folder.glob("ckpt_[0-9]*.pt")]):
-        return None
+def checkpoints(folder):
+    return [*folder.glob("ckpt.pt"), *folder.glob("ckpt_[0-9]*.pt")]
+
+
+def take_up(settings, meta, model, optimizers, scaler):
+    """Go on with the run that is in out_dir, if there is one -> its step, seconds, log, and loss
+    since the last log line: sum and steps."""
+    folder = Path(settings.out_dir)
+    if settings.overwrite or not checkpoints(folder):
+        return 0, 0.0, [], torch.zeros(()), 0
+    other = "Choose another --out_dir, or throw that run away with --overwrite=True."
     try:
-        checkpoint = read_checkpoint(path)
-        old, old_meta, _ = (checkpoint[key] for key in ("settings", "meta", "optimizers"))
-    except Exception as error:              # a damaged file can raise nearly anything
-        raise SystemExit(f"{path} cannot be read ({type(error).__name__}: {str(error)[:80]}). "
-                         "Choose another --out_dir, or begin anew with --overwrite=True.")
-    new = asdict(settings)
-    differ = {key: f"{key} ({old.get(key)} there, {new[key]} here)" for key in new
-              if old.get(key) != new[key] and key not in ("resume", "overwrite", "out_dir")}
-    if differ and settings.resume and HARMLESS.issuperset(differ):
-        print(f"Going on with changed settings: {', '.join(differ.values())}")
-    elif differ:
-        go_on = "add --resume=True to go on with these" if HARMLESS.issuperset(differ) else \
-            "go on with the settings from there"
-        more = len(differ) - 4
-        shown = ", ".join([*differ.values()][:4]) + f" and {more} more" * (more > 0)
-        raise SystemExit(f"{folder} holds a run with other settings: {shown}. "
-                         f"Either {go_on}, or choose another --out_dir, or throw that run away "
-                         "with --overwrite=True.")
-    if old_meta != meta:
-        raise SystemExit(f"{folder} has learned from another version of {settings.dataset}. Choose "
-                         "another --out_dir, or throw that run away with --overwrite=True.")
-    return checkpoint
+        checkpoint = read_checkpoint(folder / "ckpt.pt")
+        old, new = checkpoint["settings"], asdict(settings)
+        differ = {key: f"{key} ({old.get(key)} there, {new[key]} here)" for key in new
+                  if old.get(key) != new[key] and key not in ("resume", "overwrite", "out_dir")}
+        if differ and not (settings.resume and HARMLESS.issuperset(differ)):
+            shown = ", ".join([*differ.values()][:4]) + " and more" * (len(differ) > 4)
+            raise SystemExit(f"{folder} holds a run with other settings: {shown}. "
+                             + "Go on with these by --resume=True. " * HARMLESS.issuperset(differ)
+                             + other)
+        if checkpoint["meta"] != meta:
+            raise SystemExit(f"{folder} has learned from another version of {settings.dataset}. "
+                             + other)
+        model.load_state_dict(checkpoint["model"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(state)
+        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())
+        return tuple(checkpoint[key] for key in ("step", "seconds", "log", "loss_sum",
+                                                 "loss_steps"))
+    except Exception as error:      # a damaged file can raise nearly anything, another model.py too
+        why = " ".join(str(error).split())[:120]
+        raise SystemExit(f"{folder / 'ckpt.pt'} cannot be continued ({type(error).__name__}: "
+                         f"{why}). {other}")
 
 
 # ------------------------------------------------------------------------------------------ main
@@ -532,18 +513,13 @@ def train(settings):
 
 def learn(settings, rank, world, device, signals):
     """Train, on data that is there."""
-    began = time.time()
+    folder, T = Path(settings.out_dir), settings.block_size
     say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
     data, meta = find_data(settings.dataset)
-    T = settings.block_size
     if meta["train"]["tokens"] < 2 * T:
         raise SystemExit(f"{data} has {meta['train']['tokens']} tokens to learn from; a block_size "
                          f"of {T} needs {2 * T} at least.")
-    rows = settings.batch_tokens // T                   # of one step, over all ranks
-    micro = min(settings.micro_batch or rows, max(rows // world, 1))
-    if rows % (world * micro):
-        wrong(f"batch_tokens / block_size = {rows} rows cannot be dealt to {world} process(es) in "
-              f"micro-batches of {micro}")
+    rows, micro = deal(settings, world)
     mark = meta.get("story_mark", (-1,)) if settings.story_only else ()
     windows, stories = validation(data / "val.bin", meta, T, settings.eval_tokens, min(micro, 16),
                                   mark)
@@ -557,17 +533,6 @@ def learn(settings, rank, world, device, signals):
     bound = meta.get("entropy_bound", {}).get("nats_per_token") \
         if whole and not settings.story_only else None
 
-    folder = Path(settings.out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = take_up(settings, folder, meta)
-    if settings.overwrite and rank == 0:
-        for old in (*folder.glob("ckpt.pt"), *folder.glob("ckpt_[0-9]*.pt")):
-            old.unlink()
-    if checkpoint and checkpoint["step"] >= settings.max_steps:
-        say(f"{folder} is finished: {checkpoint['step']} steps. A story: python sample.py {folder}"
-            f"   To train on: --max_steps={2 * checkpoint['step']} --resume=True   "
-            "To begin anew: --overwrite=True")
-        return
     keep_memory()
     dtype = best_dtype(device.type) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     autocast = functools.partial(torch.autocast, device.type, dtype, dtype != torch.float32)
@@ -576,31 +541,20 @@ def learn(settings, rank, world, device, signals):
     model = GPT(model_config(settings, meta["vocab_size"])).to(device)
     optimizers = make_optimizers(model, settings, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    step, seconds = 0, 0.0
-    loss_sum, loss_steps = torch.zeros((), device=device), 0            # since the last log line
-    if checkpoint:
-        try:
-            model.load_state_dict(checkpoint["model"])
-            for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-                optimizer.load_state_dict(state)
-        except (RuntimeError, ValueError):
-            raise SystemExit(f"{folder} holds weights of another model.py. Go on with that one, "
-                             "choose another --out_dir, or begin anew with --overwrite=True.")
-        if checkpoint["scaler"]:                        # it was used there
-            scaler.load_state_dict(checkpoint["scaler"])
-        step, seconds, loss_steps = (checkpoint[key] for key in ("step", "seconds", "loss_steps"))
-        loss_sum += checkpoint["loss_sum"].to(device)
+    step, seconds, log, loss_sum, loss_steps = take_up(settings, meta, model, optimizers, scaler)
+    loss_sum = loss_sum.to(device)
     if world > 1 and largest(step, device) != step:
         raise SystemExit(f"{folder} is at step {step} here, and further on another machine: let "
                          "them share the folder, or copy it.")
-    log = [row for row in read_log(folder / "log.csv") if int(row["step"]) <= step] \
-        if checkpoint and (folder / "log.csv").exists() else []
     if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in checkpoints(folder) if settings.overwrite else ():
+            old.unlink()
         write_log(folder / "log.csv", log)
         for name in ("tokenizer.tiktoken", "meta.json"):
             prepare.write_text(folder / name, (data / name).read_text(encoding="utf-8"))
-    compiled = device.type == "cuda" if settings.compile is None else settings.compile
-    compiled = compiled and can_compile(device)
+    wanted = settings.compile == "True" or settings.compile == "auto" and device.type == "cuda"
+    compiled = wanted and step < settings.max_steps and can_compile(device)
     loss_of = torch.compile(model.loss, dynamic=False) if compiled else model.loss
 
     tokens_per_step, flops = rows * T, model.flops_per_token()
@@ -618,71 +572,14 @@ def learn(settings, rank, world, device, signals):
     if twins := meta.get("counts", {}).get("kept: also in validation"):
         say(f"{twins:,} stories of the training text stand in validation, too: its loss flatters.")
 
-    start, clock, clock_step, norm, saved = step, time.time(), step, None, True
-    while True:
-        # ------------------------------------------------- between two steps: look, save, or stop
-        last = step >= settings.max_steps
-        due_log, due_eval, due_save = (last or every > 0 and step % every == 0 for every in (
-            settings.log_interval, settings.eval_interval, settings.save_interval))
-        stop = signals[0] if signals else 0
-        if world > 1:                                   # all stop after the same step
-            stop = largest(stop, device) if due_log else 0
-        if (due_log or due_eval or due_save or stop) and (step > start or last):
-            if world > 1:
-                dist.all_reduce(loss_sum)
-                loss_sum /= world
-            loss, lr = loss_sum.item() / max(loss_steps, 1), settings.learning_rate * lr_share(
-                settings, max(step - 1, 0))             # reading the loss waits for the device
-            # where a scaler is at work, steps with infinite gradients are skipped
-            length = 0.0 if norm is None or scaler.is_enabled() else float(norm)
-            if not math.isfinite(loss + length):
-                raise SystemExit(f"The loss is {loss} at step {step} (learning rate {lr:.2e}, "
-                                 f"gradient norm {float(norm):.2e}). The checkpoint before it "
-                                 "stays. Try a smaller --learning_rate or more --warmup_steps.")
-            spent, done = time.time() - clock, (step - clock_step) * tokens_per_step
-            seconds += spent
-            row = dict.fromkeys(COLUMNS, "")
-            if loss_steps and due_log:
-                left = (settings.max_steps - step) * spent / max(step - clock_step, 1)
-                say(f"step {step:>6,}/{settings.max_steps:,} | loss {loss:.4f} | lr {lr:.2e} | "
-                    f"{done / spent:,.0f} tokens/s | {flops * done / spent / 1e12:.3g} TFLOP/s | "
-                    f"{left // 60:.0f}m{left % 60:02.0f}s left")
-                row |= {"train_loss": loss, "lr": lr, "grad_norm": float(norm),
-                        "tokens_per_s": round(done / spent)}
-                loss_sum, loss_steps = torch.zeros((), device=device), 0
-            if due_eval and rank == 0:
-                val, whole = (evaluate(model, view, device, autocast)
-                              for view in (windows, stories))
-                row |= {"val_loss": val, "val_bpb": val * bits}
-                say(f"step {step:>6,} | validation {val:.4f} nats per token, {val * bits:.4f} bits "
-                    f"per byte | whole stories {whole:.4f} nats per token" + against(whole, bound))
-                ids = model.generate([[meta["eot"]]], 60, 0.8, stop=meta["eot"])[0]
-                say("    " + " ".join(tokenizer.decode(ids).split()) + " ...")
-            if rank == 0 and (due_log or due_eval):
-                row |= {"step": step, "tokens": step * tokens_per_step,
-                        "seconds": round(seconds, 2)}
-                log.append(row)
-                write_log(folder / "log.csv", log)
-                if due_eval:
-                    draw_loss(folder, bound)
-            if rank == 0 and (due_save or stop):
-                weights = {"model": model.state_dict(), "model_config": asdict(model.config),
-                           "settings": asdict(settings), "step": step, "meta": meta}
-                saved = keep(folder / "ckpt.pt", functools.partial(torch.save, weights | {
-                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                    "scaler": scaler.state_dict(), "seconds": seconds,
-                    "loss_sum": loss_sum, "loss_steps": loss_steps}))
-                if settings.keep_checkpoints:
-                    keep(folder / f"ckpt_{step:06}.pt", functools.partial(torch.save, weights))
-            clock, clock_step = time.time(), step
-        if last or stop:
-            break
-
+    clock, clock_step, saved, stop = time.time(), step, True, 0
+    while step < settings.max_steps and not stop:
         # -------------------------------------------------------------------------------- one step
         torch.manual_seed(settings.seed + 1 + step * world + rank)      # what dropout draws
+        lr = settings.learning_rate * lr_share(settings, step)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * lr_share(settings, step)
+                group["lr"] = lr
         batch = get_batch(stream, T, range(step * rows, (step + 1) * rows), settings.seed,
                           meta["eot"], mark)                            # of all ranks
         asked = int((batch[1] >= 0).sum())
@@ -707,12 +604,67 @@ def learn(settings, rank, world, device, signals):
         scaler.update()
         step, loss_steps = step + 1, loss_steps + 1
 
+        # ------------------------------------------------- between two steps: look, save, or stop
+        last = step == settings.max_steps
+        due_log, due_eval, due_save = (last or every > 0 and step % every == 0 for every in (
+            settings.log_interval, settings.eval_interval, settings.save_interval))
+        stop = signals[0] if signals else 0
+        if world > 1:                                   # all stop after the same step
+            stop = largest(stop, device) if due_log else 0
+        if not (due_log or due_eval or due_save or stop):
+            continue
+        if world > 1:
+            dist.all_reduce(loss_sum)
+            loss_sum /= world
+        loss = loss_sum.item() / loss_steps             # reading it waits for the device
+        # where a scaler is at work, steps with infinite gradients are skipped
+        if not math.isfinite(loss + (0.0 if scaler.is_enabled() else float(norm))):
+            raise SystemExit(f"The loss is {loss} at step {step} (learning rate {lr:.2e}, gradient "
+                             f"norm {float(norm):.2e}). The checkpoint before it stays. Try a "
+                             "smaller --learning_rate or more --warmup_steps.")
+        spent, done, row = time.time() - clock, (step - clock_step) * tokens_per_step, {}
+        seconds += spent
+        if due_log:
+            left = (settings.max_steps - step) * spent / (step - clock_step)
+            say(f"step {step:>6,}/{settings.max_steps:,} | loss {loss:.4f} | lr {lr:.2e} | "
+                f"{done / spent:,.0f} tokens/s | {flops * done / spent / 1e12:.3g} TFLOP/s | "
+                f"{left // 60:.0f}m{left % 60:02.0f}s left")
+            row |= {"train_loss": loss, "lr": lr, "grad_norm": float(norm),
+                    "tokens_per_s": round(done / spent)}
+            loss_sum, loss_steps = torch.zeros((), device=device), 0
+        if due_eval and rank == 0:
+            val, whole = (evaluate(model, view, device, autocast) for view in (windows, stories))
+            row |= {"val_loss": val, "val_bpb": val * bits}
+            far = f" ({whole / bound - 1:+.1%} against the grammar's own {bound:.4f})" \
+                if bound else ""
+            say(f"step {step:>6,} | validation {val:.4f} nats per token, {val * bits:.4f} bits per "
+                f"byte | whole stories {whole:.4f} nats per token{far}")
+            ids = model.generate([[meta["eot"]]], 60, 0.8, stop=meta["eot"])[0]
+            say("    " + " ".join(tokenizer.decode(ids).split()) + " ...")
+        if rank == 0 and row:
+            log.append({"step": step, "tokens": step * tokens_per_step,
+                        "seconds": round(seconds, 2), **row})
+            write_log(folder / "log.csv", log)
+            if due_eval:
+                draw_loss(folder, log, bound)
+        if rank == 0 and (due_save or stop):
+            weights = {"model": model.state_dict(), "model_config": asdict(model.config),
+                       "settings": asdict(settings), "step": step, "meta": meta}
+            saved = keep(folder / "ckpt.pt", functools.partial(torch.save, weights | {
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "scaler": scaler.state_dict(), "seconds": seconds, "log": log,
+                "loss_sum": loss_sum, "loss_steps": loss_steps}))
+            if settings.keep_checkpoints:
+                keep(folder / f"ckpt_{step:06}.pt", functools.partial(torch.save, weights))
+        clock, clock_step = time.time(), step
+
     if stop:
         say(f"Stopped after step {step}. The same command goes on"
             + " (without --overwrite=True)" * settings.overwrite + ".")
     else:
-        say(f"Done in {(time.time() - began) / 60:.1f} minutes ({seconds / 60:.1f} of training). "
-            f"A story: python sample.py {folder}   The curve: {folder / 'loss.png'}")
+        say(f"Done: {step:,} steps in {seconds / 60:.1f} minutes. A story: python sample.py {folder}"
+            f"   The curve: {folder / 'loss.png'}\nTo train on: --max_steps={2 * step} "
+            "--resume=True   To begin anew: --overwrite=True")
     if not saved:
         print(f"The last checkpoint of {folder} could not be saved.", file=sys.stderr)
     code = 128 + stop if stop else int(not saved)
@@ -740,18 +692,9 @@ def largest(number, device):
     return int(number)
 
 
-def against(whole, bound):
-    """How far a loss on whole stories is from the best that any model can do, where we know it."""
-    return f" ({whole / bound - 1:+.1%} against the grammar's own {bound:.4f})" if bound else ""
-
-
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if "-h" in argv or "--help" in argv:
-        print(__doc__ + "\n" + inspect.getsource(Settings))
-        return
-    settings = load_config(argv)
     first = os.environ.get("RANK", "0") == "0"          # the other ranks must not wait for this one
+    settings = load_config(sys.argv[1:] if argv is None else argv)
     prepare.command(train, settings, folder=Path(settings.out_dir) if first else None)
 
 
