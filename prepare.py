@@ -156,29 +156,26 @@ def write_picture(path, figure):
 
 # ---------------------------------------------------------------------------- the grammar's stories
 
-SUFFIXES = ("", "s", "ed", "ing")   # appended where an entry names no form of its own
 FIELDS = ("Features", "Words", "Summary", "Random sentence")
 FIELD_ORDERS = [order for n in range(1, 5) for order in itertools.permutations(FIELDS, n)]
-
-
-def read_forms(text):
-    return dict(pair.partition("=")[::2] for pair in text.split(", ")) if text else {}
 
 
 def read_grammar(path):
     """Read a grammar file (its head explains the format) -> rules, plots.
 
-    rules: {name: (is a variable, forms, ways)}; plots: dicts of name, words, summary, scenes."""
+    rules: {name: (is a variable, entries)}, an entry: {form: text}, whose form "" is the entry
+    itself; plots: dicts of name, words, summary, scenes."""
     text = re.sub(r"(?m)^#.*\n", "", Path(path).read_text(encoding="utf-8"))
     text = re.sub(r"\n[ \t]+(?=\S)", " ", text)
     rule, fact = r"(?m)^(\w+)(?: \((.*?)\))? ([=:]) (.*)", r"(?m)^(words|summary) (.*)"
     rules, plots = {}, []
-    for name, forms, kind, ways in re.findall(rule, text):
-        ways = [way.strip() for way in ways.split(" | ")]
-        if any(not way or way.count("{") != way.count("}") for way in ways):
-            raise SystemExit(f"{path}: a way of the rule {name!r} is empty, or cut in a brace "
-                             "(inside {...}, no blanks around |).")
-        rules[name] = kind == "=", read_forms(forms), ways
+    for name, shared, kind, ways in re.findall(rule, text):
+        entries = []
+        for way in ways.split(" | "):
+            way, own = re.fullmatch(r"(.*?)(?: \((.*=.*)\))?", way.strip()).groups("")
+            pairs = re.findall(r"(\w+)=([^,]*)", f"{shared}, {own}")
+            entries.append({**dict(pairs), "": way})
+        rules[name] = kind == "=", entries
     strange, *told = re.split(r"(?m)^plot ", re.sub(rule, "", text))
     if strange := strange.strip():
         raise SystemExit(f"{path}: neither a rule nor part of a plot: {strange[:60]!r}")
@@ -201,12 +198,7 @@ class Story:
     def __init__(self, rules, plots, rng):
         self.rules, self.rng, self.nats, self.held = rules, rng, 0.0, {}
         self.plot = self.choose(plots)
-        try:
-            told = "\n\n".join(self.tell(self.choose(scene)) for scene in self.plot["scenes"])
-        except RecursionError:
-            self.refuse("two of its rules name each other")
-        if "{" in told or "}" in told:
-            self.refuse(f"a brace is left: {re.search('[{}][^ ]*', told)[0]!r}")
+        told = "\n\n".join(self.tell(self.choose(scene)) for scene in self.plot["scenes"])
         self.features = {*re.findall(r"\[(\w+)\]", told), *(["Dialogue"] if '"' in told else [])}
         self.text = re.sub(r" ?\[\w+\]", "", told)
 
@@ -216,42 +208,38 @@ class Story:
 
     def tell(self, text):
         """Fill every {...} of a text, and say "an" where it must be."""
-        filled = re.sub(r"\{([^{}]*)\}", lambda match: self.fill(match[1]), text)
+        try:
+            filled = re.sub(r"\{([^{}]*)\}", lambda match: self.fill(match[1]), text)
+            if torn := re.search(r"[{}][^ ]*", filled):
+                raise KeyError(torn[0])
+        except KeyError as error:
+            raise SystemExit(f"The grammar cannot tell its plot {self.plot['name']!r}: {error} is "
+                             f"no rule, and no form of one, in {text!r}.")
+        except RecursionError:
+            raise SystemExit(f"The grammar cannot tell its plot {self.plot['name']!r}: two of its "
+                             "rules name each other, or a list is too short for its variables.")
         return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", filled)
 
     def fill(self, inside):
         if "|" in inside:                               # {red|blue}: one of these
             return self.choose(inside.split("|"))
-        name, _, form = inside.partition(".")           # {toy}, {Toy}, {hero.he}, {hero.He}
-        capital = (form or name)[:1].isupper()
-        name, form = name[:1].lower() + name[1:], form.lower()
-        text, forms = self.held.get(name) or self.draw(name)
-        if self.rules[name][0] and name not in self.held:   # a variable: no two hold the same text
-            redraws = itertools.count()
-            while text in [held for held, _ in self.held.values()]:
-                if next(redraws) == 1000:
-                    self.refuse(f"other variables hold every entry of the rule {name!r}")
-                text, forms = self.draw(name)
-            self.held[name] = text, forms
-        if form in SUFFIXES:
-            forms = {form: text + form, **forms}
-        if form not in forms:
-            self.refuse(f"{{{inside}}}: the rule {name!r} has no form {form!r} for {text!r}")
-        text = forms[form]
-        return text[0].upper() + text[1:] if capital else text
+        name, _, form = inside.lower().partition(".")   # {toy}, {Toy}, {hero.he}, {hero.He}
+        forms = self.held.get(name) or self.draw(name)
+        if self.rules[name][0] and name not in self.held:
+            if forms[""] in [held[""] for held in self.held.values()]:
+                return self.fill(inside)                # no two variables hold the same text
+            self.held[name] = forms
+        capital = inside.split(".")[-1][:1].isupper()
+        return forms[form][0].upper() + forms[form][1:] if capital else forms[form]
 
     def draw(self, name):
-        """Draw an entry of a rule -> its text and its forms."""
-        if name not in self.rules:
-            self.refuse(f"there is no rule {name!r}")
-        _, forms, ways = self.rules[name]
-        way, own = re.fullmatch(r"(.*?)(?: \((.*=.*)\))?", self.choose(ways)).groups()
-        inner = re.fullmatch(r"\{(\w+)\}", way)     # a list of lists: the inner brings its forms
-        text, inner_forms = self.draw(inner[1]) if inner else (self.tell(way), {})
-        return text, {**forms, **inner_forms, **read_forms(own)}
-
-    def refuse(self, why):
-        raise SystemExit(f"The grammar cannot tell its plot {self.plot['name']!r}: {why}.")
+        """Draw an entry of a rule -> {form: text}."""
+        entry = self.choose(self.rules[name][1])
+        if inner := re.fullmatch(r"\{(\w+)\}", entry[""]):      # a list of lists: the inner
+            return {**entry, **self.draw(inner[1])}             # brings its forms
+        text = self.tell(entry[""])
+        appended = {end: text + end for end in ("s", "ed", "ing")}  # for lack of forms of its own
+        return {**appended, **entry, "": text}
 
     def record(self):
         return write_record(self.text, self.choose, {

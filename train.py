@@ -124,8 +124,8 @@ def load_config(argv):
         given, name = {}, path.stem
         if not path.is_file():
             known = [file.stem for file in (prepare.HERE / "config").glob("*.py")]
-            parser.error(f"there is no config file {path}; did you mean config/"
-                         f"{nearest(name, known)}.py? Settings are --name=value, without spaces")
+            parser.error(f"there is no config file {path}: settings are --name=value, without "
+                         f"spaces; or did you mean config/{nearest(name, known)}.py?")
         try:
             exec(compile(path.read_text(encoding="utf-8-sig"), path, "exec"), given)
         except Exception as error:

@@ -35,7 +35,7 @@ def cut(story):
 
 def entries(rules, name):
     """All that a variable may hold; a list of lists holds what they hold."""
-    ways = [way.partition(" (")[0] for way in rules[name][2]]
+    ways = [entry[""] for entry in rules[name][1]]
     return set().union(*(entries(rules, way[1:-1]) if way[0] == "{" else {way} for way in ways))
 
 
@@ -45,9 +45,9 @@ def named(rules, text, join):
     found = set()
     for name, form in re.findall(r"\{(\w+)(?:\.(\w+))?\}", text):
         name = name[0].lower() + name[1:]
-        variable, _, ways = rules[name]
+        variable, ways = rules[name]
         if not variable:
-            found |= join(*(named(rules, way, join) for way in ways))
+            found |= join(*(named(rules, way[""], join) for way in ways))
         elif form in ("", "s"):                         # {hero.he} does not name the hero
             found.add(name)
     return found
@@ -67,10 +67,11 @@ def keeps(story, ending, people):
     may, must = named(rules, whole, set.union), set()
     for scene in scenes[1:]:
         must |= set.intersection(*(named(rules, way, set.intersection) for way in scene))
-    asked = {name: story.held[name][0] for name in must
-             if ("he" in story.held[name][1]) == people and has(first, story.held[name][0])}
+    asked = {name: story.held[name][""] for name in must
+             if ("he" in story.held[name]) == people and has(first, story.held[name][""])}
     own = re.sub(r"\{[\w.]+\}", "", whole)              # what the plot says in words of its own
-    own += "".join(way.partition(" (")[2] for name in may for way in rules[name][2])
+    own += " ".join(text for name in may for entry in rules[name][1]
+                    for form, text in entry.items() if form)
     for name, text in asked.items():
         others = entries(rules, name)
         places = sum(bool(others & entries(rules, each)) for each in may)
@@ -102,14 +103,12 @@ def pronoun(story, ending):
     """As long as those who have been named are all girls or all boys, he, she, him, her ... are of
     their kind."""
     people, speaks = {}, {}                             # {"Tom": "he"}, {"his": "he"}
-    for _, forms, ways in story.rules.values():
-        for way in ways:
-            text, _, own = way.rstrip(")").partition(" (")
-            own = {**forms, **prepare.read_forms(own)}
-            if "he" in own:
-                people[text] = own["he"]
-                speaks |= {own[word]: own["he"] for word in ("he", "him", "his", "himself")
-                           if word in own}
+    for _, ways in story.rules.values():
+        for forms in ways:
+            if "he" in forms:
+                people[forms[""]] = forms["he"]
+                speaks |= {forms[word]: forms["he"] for word in {"he", "him", "his", "himself"}
+                           & {*forms}}
     seen, fits = {people[word] for word in re.findall(r"\w+", cut(story)[0]) if word in people}, []
     for word in re.findall(r"\w+", ending):
         if word in people:
