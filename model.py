@@ -11,8 +11,10 @@ Single letters are axes:
     C width (n_embd)     H heads               D width of a head (C / H)        V vocabulary
 """
 
+import ctypes
 import math
 import pickle
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -254,6 +256,14 @@ def best_dtype(device):
         fast = can.get("amx_bf16") or can.get("avx512_bf16") and not slow
         return torch.bfloat16 if fast else torch.float32
     return torch.float32
+
+
+def keep_memory():
+    """Linux's malloc hands large arrays back as soon as they are free, and clears them page by page
+    when they are asked for again, in each step. Let it keep them."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for option in (-1, -3):             # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD (malloc.h)
+            libc.mallopt(option, 1 << 30)
 
 
 class GPT(nn.Module):

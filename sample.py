@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import prepare
-from model import GPT, GPTConfig, best_device, best_dtype, read_checkpoint
+from model import GPT, GPTConfig, best_device, best_dtype, keep_memory, read_checkpoint
 
 FEATURES = ("Dialogue", "BadEnding", "MoralValue", "Twist", "Foreshadowing", "Conflict")
 
@@ -43,6 +43,7 @@ def load_run(path, device="auto", dtype=None):
     """A run, as `find_run` knows it -> its GPT and its tokenizer. dtype: of the weights; None: what
     the device multiplies fastest."""
     file = find_run(path)
+    keep_memory()
     device = best_device() if device == "auto" else device
     if torch.device(device).type not in ("cpu", best_device()):
         print(f"torch sees no {device.upper()} device; leave --device away", file=sys.stderr)

@@ -11,7 +11,6 @@ time: the step is finished and saved, and the same command goes on.
 import argparse
 import contextlib
 import csv
-import ctypes
 import difflib
 import functools
 import inspect
@@ -36,7 +35,7 @@ import torch.distributed as dist
 import torch.nn as nn
 
 import prepare
-from model import GPT, GPTConfig, best_device, best_dtype, read_checkpoint
+from model import GPT, GPTConfig, best_device, best_dtype, keep_memory, read_checkpoint
 
 
 @dataclass
@@ -307,14 +306,6 @@ def can_compile(device):
         print(f"torch.compile does not work here ({type(error).__name__}); going on without it. "
               "--compile=False says so from the start.", file=sys.stderr)
         return False
-
-
-def keep_memory():
-    """Linux's malloc hands large arrays back as soon as they are free, and clears them page by page
-    when they are asked for again, in each step. Let it keep them."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        for option in (-1, -3):             # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD (malloc.h)
-            libc.mallopt(option, 1 << 30)
 
 
 def orthogonalize(x):

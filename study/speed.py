@@ -26,8 +26,8 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model                                                                    # noqa: E402
 import prepare                                                                  # noqa: E402
-from model import GPT, GPTConfig, best_dtype                                    # noqa: E402
-from train import Settings, keep_memory, make_optimizers                        # noqa: E402
+from model import GPT, GPTConfig, best_dtype, keep_memory                       # noqa: E402
+from train import Settings, make_optimizers                                     # noqa: E402
 
 SHAPE = dict(vocab_size=10_000, n_layer=8, n_head=4, n_embd=256)
 NEW = 200                   # tokens that a row samples
