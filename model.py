@@ -116,9 +116,10 @@ def look_back(T, S, window, device):
 def attend(q, k, v, mask=None, dropout=0.0):
     """Queries (B, H, T, D), keys and values (B, H, S, D) -> what each query gathers (B, H, T, D).
     mask (T, S) says who may look at whom; without one, each looks at itself and all before it (on
-    a CPU, only a single query goes without). For many queries on a GPU, a fused kernel never writes
-    the scores down (arXiv 2205.14135)."""
-    many = q.size(2) > 1        # one query, and another S for each: no time to prepare a product
+    a CPU, only a single query goes without). Many queries are matrix products, which a GPU's fused
+    kernel does without ever writing the scores down (arXiv 2205.14135). A single one, as sampling
+    has it, is faster as a sum: a product would be prepared anew for each S."""
+    many = q.size(2) > 1
     if many and q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
     q = q * q.size(-1) ** -0.5
