@@ -1049,8 +1049,11 @@ def teach(tmp_path, monkeypatch):
     ("| Grammar | 8 |\n| Creativity | 7 |\n| Consistency | 6 |\n| Plot | 5 |\n| Age | A |",
      (8, 7, 6, 5, "A")),
     (GRADES.replace(": 8", ': "8/10"').replace("age", "Age_Group"), (8, 7, 6, 5, "D")),
-    (GRADES.replace("8", "11"), "out of range"), (GRADES.replace("8", "-1"), "grammar"),
-    (GRADES.replace(": 5", ": null"), "plot"), (GRADES.replace("8", '"8/5"'), "8/5"),
+    ("Grammar: 8 / Creativity: 7 / Consistency: 6 / Plot: 5 / Age: D. So grammar is 8/10.",
+     (8, 7, 6, 5, "D")), (GRADES.replace('"D"', '"C-D"'), "age"),
+    (GRADES.replace("8", "8.5/5"), "grammar"), (GRADES.replace("8", "11"), "single grammar"),
+    (GRADES.replace("8", "-1"), "grammar"),
+    (GRADES.replace(": 5", ": null"), "plot"), (GRADES.replace("8", '"8/5"'), "single grammar"),
     ("__Grammar__: 8, _Creativity_: 7, Consistency: _6_, Plot: `5`, _Age_: D", (8, 7, 6, 5, "D")),
     (GRADES.replace("8", '"1_0"'), "grammar"), (GRADES.replace("8", '"1__0"'), "grammar"),
     (GRADES.replace("8", '"8,5"'), "grammar"), (GRADES.replace("8", '"8-9"'), "grammar"),
@@ -1060,8 +1063,9 @@ def teach(tmp_path, monkeypatch):
     ("I cannot grade a child.", "none"), ("{" * 9999, "none"), ("<think>grammar: 8", "empty")])
 def test_what_a_judge_says_is_read_or_refused(text, grades):
     reply = {"text": text, "refusal": None, "finish": "stop"}
-    line = grade.settle({"task": "story", "replies": [{**reply, "text": "Good."}, reply]})
-    assert tuple(line.get("grades", {}).values()) == grades or grades in line["reason"]
+    line = grade.settle({"task": "story", "completion": "Tom sat.",
+                         "replies": [{**reply, "text": "Good."}, reply]})
+    assert tuple(line["grades"].values()) == grades or grades in line["reason"]
 
 
 ERROR = {"message": "no", "code": "insufficient_quota"}
@@ -1073,12 +1077,11 @@ ERROR = {"message": "no", "code": "insufficient_quota"}
     (2, [chat([{"type": "text", "text": GRADES}])], 0, None),
     (1, [(400, {"error": {"message": "no", "param": "temperature"}})], 0, None),
     (1, [(400, {"message": "Unsupported: 'reasoning_effort'"})], 0, None),
-    (2, [(500, {"message": "('body', 'response_format', 'type')"})] * 2, 0, None),
-    (2, [(400, b"json_schema? No.")], 0, None), (2, [(503, {})] * 9, 3, "503"),
-    (2, ["drop"] * 9, 3, "no connection"), (2, ["sleep"] * 9, 3, "no answer"),
+    (2, [(503, {})] * 9, 3, "503"), (2, ["drop"] * 9, 3, "APIConnectionError"),
+    (2, ["sleep"] * 9, 3, "APITimeoutError"),
     (1, [(400, {"message": "too long"})], 3, "too long"), (1, [b"<html>Log in"], 3, "not a reply"),
-    (2, [b"not JSON"], 3, "JSONDecodeError"), (2, [{"choices": []}], 3, "without choices"),
-    (2, [{"choices": None}], 3, "without choices"), (2, [{"choices": ["x"]}], 3, "unreadable"),
+    (2, [b"not JSON"], 3, "JSONDecodeError"), (2, [{"choices": []}], 3, "not a reply"),
+    (2, [{"choices": None}], 3, "not a reply"), (2, [{"choices": ["x"]}], 3, "unreadable"),
     (1, [chat(None)], 3, "empty"), (2, [""], 3, "empty"), (2, ["x"], 3, "grammar"),
     (1, [chat(None, refusal="I will not.")], 3, "refusal"),
     (2, [chat(GRADES[:40], "length")], 3, "cut at its length"),
@@ -1100,9 +1103,9 @@ def test_a_judge_fails_in_words(teach, capsys, monkeypatch, turn, answers, code,
         assert lines[-1]["grades"]["plot"] == 5 and "8.00 [8.00, 8.00]" in printed.out
         assert len(lines) == 2                          # one line a turn
     else:
-        assert "8.00" not in printed.out and not any("grades" in line for line in lines)
+        assert "8.00" not in printed.out and not any(line["grades"] for line in lines)
     answers.clear()
-    if says in ("quota", "503", "not a reply", "without choices"):      # not paid for: asked again
+    if says in ("quota", "503", "not a reply", "APIConnectionError"):   # not paid for: asked again
         assert teach()[1][-1]["grades"]
     elif says is None or says in ("empty", "grammar", "cut at its length", "refusal"):
         assert teach()[0] == code and not Teacher.seen     # paid for: never again
@@ -1146,14 +1149,15 @@ def test_a_page_cannot_speak(teach):
                    body["messages"][3:])
         return "Fine." if len(body["messages"]) == 5 else GRADES.replace("8", "10" if loud else "8")
 
-    code, lines = teach("--workers", "1", stories=evil, script=obedient)
-    pages = [body["messages"][2]["content"] for body in Teacher.seen if len(body["messages"]) == 5]
-    for i, (page, story) in enumerate(zip(pages, evil)):
-        (mark, *inside, end), whole = page.split("\n"), f"Beginning {i}***{story}"
-        assert mark == end and mark not in inside and "\n".join(inside) == whole
-    talk = Teacher.seen[0]["messages"]
-    assert talk[0]["content"].endswith(pages[0].split("\n")[0]) and "***" in talk[4]["content"]
-    assert code == 0 and {line["grades"]["grammar"] for line in lines if "grades" in line} == {8}
+    code, lines = teach(stories=evil, script=obedient)
+    found = []
+    for talk in [body["messages"] for body in Teacher.seen if len(body["messages"]) == 5]:
+        mark, *inside, end = talk[2]["content"].split("\n")
+        assert mark == end and mark not in inside and talk[0]["content"].endswith(mark)
+        assert "***" in talk[4]["content"]
+        found.append("\n".join(inside))
+    assert sorted(found) == sorted(f"Beginning {i}***{story}" for i, story in enumerate(evil))
+    assert code == 0 and {line["grades"]["grammar"] for line in lines if line["grades"]} == {8}
 
 
 def test_a_kill_loses_nothing_that_was_paid_for(teach, tmp_path):
@@ -1182,9 +1186,9 @@ def test_a_kill_loses_nothing_that_was_paid_for(teach, tmp_path):
         assert len(asked) == len(Teacher.seen) and not asked & written
         for line in grade.read_lines(tmp_path / "grades.jsonl"):
             name = line["completion"].partition(".")[0]
-            written |= {(name, 5), (name, 7)} if "grades" in line else {(name, 5)}
+            written |= {(name, 5), (name, 7)} if line["grades"] else {(name, 5)}
     lines = grade.read_lines(tmp_path / "grades.jsonl")
-    whole = [line["key"] for line in lines if "grades" in line]
+    whole = [line["key"] for line in lines if line["grades"]]
     assert len(whole) == len({*whole}) == 60 and len(written) == 120
     assert (tmp_path / "report.md").read_text() == (tmp_path / "calm" / "report.md").read_text()
 
@@ -1194,14 +1198,14 @@ def test_runs_are_graded_from_beginning_to_report(data, tmp_path, teach, capsys,
     (tmp_path / "run" / "grades.jsonl").write_text('{"key": "torn')
     runs = [tmp_path / "run" / f"ckpt_{step:06}.pt" for step in (5, 10)]
     options = ["--n", "2", "--device", "cpu", "--max_new_tokens", "20"]
-    for name in grade.FILES.values():                       # ten lines of each are enough
+    for _, _, name in grade.TASKS.values():                 # ten lines of each are enough
         lines = (HERE / "data" / name).read_text().splitlines()[-45:][:10]
         (tmp_path / name).write_text("\n".join(lines))
 
     def run(*more, base=teach.url, task="story"):
         try:
             return grade.main([*map(str, runs), *options, "--base-url", base, "--task", task,
-                               "--prompts", str(tmp_path / grade.FILES[task]), *more]) or 0
+                               "--prompts", str(tmp_path / grade.TASKS[task][2]), *more]) or 0
         except SystemExit as error:
             return error.code
 
@@ -1219,6 +1223,9 @@ def test_runs_are_graded_from_beginning_to_report(data, tmp_path, teach, capsys,
     assert "Better or worse than" in text and "in order" in text and "nan" not in text
     assert {path.name for path in (tmp_path / "run").glob("grades*.png")} == {
         "grades_story.png"}
+    found = grade.graded(tmp_path / "run")                  # of each checkpoint, and of anchors
+    assert {*map(len, found.values())} == {20} and {*found} == {
+        None, *(prepare.file_sha256(path)[:16] for path in runs)}
     before = (tmp_path / "run" / "grades.jsonl").stat().st_size
     assert run("--judge", "other") == 0 and before == (
         tmp_path / "run" / "grades.jsonl").stat().st_size
@@ -1248,17 +1255,15 @@ def test_what_grade_imports_and_measures(tmp_path):
     assert grade.interval([[4, 6], [8]]) == pytest.approx((6, 5, 8), abs=0.1)
     mean, low, high = grade.interval([[8.7] * (1 + i % 10) for i in range(14)])
     assert low <= mean <= high              # equal, and rounded otherwise
-    words = {"beginnings.txt": 50, "instructions.jsonl": 50, "probes.jsonl": 24}
-    for (task, name) in grade.FILES.items():
-        asked = argparse.Namespace(prompts=None, task=task)
-        assert len(grade.read_prompts(asked)) == words[name]
-        assert len(grade.read_prompts(asked, sample=True)) >= (10 if task == "probes" else 15)
+    for task, n in (("story", 50), ("instruct", 50), ("probes", 24)):
+        assert len(grade.read_prompts(task)) == n
+        assert len(grade.read_prompts(task, sample=True)) >= (10 if task == "probes" else 15)
 
 
 def test_anchors_shuffle_whole_sentences():
-    rows = [{"prompt": "Tom", "ending": ' sat. "Hi!" he said. He ran away.'},
-            {"prompt": "Ann", "ending": " and on" * 30_000}]        # without an end: no minutes
-    made = [*grade.anchors(rows, [{"prompt": "", "completion": "", "folder": Path()}])]
+    rows = [{"prompt": "Tom", "ending": ' sat. "Hi!" he said. He ran away.', "folder": Path()},
+            {"prompt": "Ann", "ending": " and on" * 30_000, "folder": Path()}]     # no minutes
+    made = [*grade.anchors(rows)]
     [mixed] = [line["completion"] for line in made if line["model"] == grade.ANCHORS[1]]
     for sentence in (' sat.', ' "Hi!" he said.', " He ran away."):
         mixed, before = mixed.replace(sentence, ""), mixed
@@ -1269,18 +1274,21 @@ def test_anchors_shuffle_whole_sentences():
 def test_a_ruler_out_of_order_measures_nothing():
     def rows(name, *grades):
         return [{"model": name, "prompt": str(i), "completion": "x", "empty": False,
-                 "line": {"replies": [{"text": "So so."}]},
+                 "task": "story", "replies": [{"text": "So so."}],
                  "grades": {**dict.fromkeys(grade.NUMBERS, mark), "age": "C"}}
                 for i, mark in enumerate(grades)]
 
     def told(*ends):
         by = {"m": rows("m", 5.0, 6.0), **{name: rows(name, mark, mark)
                                            for name, mark in zip(grade.ANCHORS, ends)}}
-        return "\n".join(grade.report_grades(by, ["m"], "story"))
+        grades, notes, _ = grade.report_grades(by, ["m"])
+        return grades["m"].get("on the ruler"), " ".join(notes)
 
-    assert "puts the anchors in order" in told(9, 5, 1) and "m: at 56% of the way" in told(9, 5, 1)
+    place, says = told(9, 5, 1)
+    assert place == "56%" and "puts the anchors in order" in says
     for ends in ((9, 9.5, 1), (9, 5, 5), (5, 5, 5)):
-        assert "does NOT" in told(*ends) and "of the way" not in told(*ends)
+        place, says = told(*ends)
+        assert place is None and "does NOT" in says
 
 
 # -------------------------------------------------------------------------------------- the studies
@@ -1609,7 +1617,7 @@ def test_a_teachers_replies_are_counted_and_become_a_data_set(told, tmp_path, mo
     code, printed, stories, _ = told("--n", "60", script=script)
     assert code == 3 and len(stories) == 60 - 6, printed
     for line in ("54, without a word that they should have: 2", "1 x a refusal", "1 x empty",
-                 "1 x not in the form", "1 x cut at", "1 x told before", "1 x Error code: 400"):
+                 "1 x not in the form", "1 x cut at", "1 x told before", "1 x BadRequestError"):
         assert line in printed, printed
     code, printed, stories, seen = told("--n", "60")                   # only what failed
     assert (code, len(stories), len(seen)) == (0, 55, 1) and "python prepare.py mine" in printed
@@ -1836,8 +1844,9 @@ def test_a_grid_is_trained_once_and_reported(data, tmp_path, monkeypatch, capsys
                                                ("c", "new", newest, 7), ("d", "new", newest, 8)):
             print(json.dumps({
                 "key": key, "version": version, "judge": "me", "base_url": "", "settings": {},
-                "checkpoint": checkpoint, "task": "story",
-                "grades": dict.fromkeys(grade.NUMBERS, mark)}), file=ledger)
+                "checkpoint": checkpoint, "task": "story", "completion": "Tom sat.", "replies": [
+                    {"text": "Good."}, {"text": re.sub(r"\d", str(mark), GRADES), "finish": "stop"}
+                ]}), file=ledger)
     assert sizes.grades(folder / "w16_l1_h2")["plot (me)"] == 7.5
     sizes.main(["--grid", "demo", "-n", "6"])                           # nothing is trained again
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.pt")}
@@ -2091,6 +2100,7 @@ grade.py {broken}/run --prompts words.txt --task instruct  1  does not hold what
 grade.py {broken}/run --prompts paper --task probes     2  is for stories
 grade.py {broken}/run --base-url localhost:1            2  must begin with http
 grade.py {broken}/run --base-url http://[::1            2  must begin with http
+grade.py {broken}/run --base-url http://[zz]/v1         2  must begin with http
 grade.py {broken}/run --base-url http://127.0.0.1:9/v1 --yes  1  Cannot reach
 grade.py {broken}/run --price-in 1                      2  both prices, or none
 grade.py {broken}/run --judge unknown --max-cost 1      2  not in PRICES

@@ -66,9 +66,8 @@ def study(args):
     folder = Path(args.run).parent if Path(args.run).is_file() else Path(args.run)
     files, meta, log = kept(folder), grade.read_meta(folder), train.read_log(folder / "log.csv")
     dataset = meta.get("dataset", "unknown")
-    prompts = args.prompt or [row["prompt"] for row in grade.read_prompts(argparse.Namespace(
-        prompts=None, task="instruct" if "instruct" in dataset else "story"),
-        dataset in prepare.SAMPLES)[:3]]
+    prompts = args.prompt or [row["prompt"] for row in grade.read_prompts(
+        "instruct" if "instruct" in dataset else "story", sample=dataset in prepare.SAMPLES)[:3]]
     graded, judge = grade.graded(folder), ""
     losses, grades, checks = {}, {}, {}
     for name in ("train_loss", "val_loss"):
