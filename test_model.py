@@ -1111,6 +1111,13 @@ def test_a_judge_fails_in_words(teach, capsys, monkeypatch, turn, answers, code,
         assert teach()[0] == code and not Teacher.seen     # paid for: never again
 
 
+def test_a_judge_who_always_fails_is_not_asked_for_ever(teach, capsys, monkeypatch):
+    monkeypatch.setattr(grade, "RETRIES", 0)
+    code, lines = teach(stories=["Tom sat."] * 60, script=lambda body: (503, {}))
+    assert code == 1 and not lines and 16 <= len(Teacher.seen) < 16 + 8
+    assert "fails again and again" in capsys.readouterr().err
+
+
 def test_a_judge_keeps_the_settings_that_nobody_minds(teach):
     def minds(body):
         why = f"no such thing in {body}"            # which names them all
@@ -1247,6 +1254,37 @@ def test_a_file_of_stories_may_hold_more_than_stories(tmp_path, capsys):
     assert end.value.code == 0 and "2 calls" not in capsys.readouterr().err
     grade.main([str(tmp_path / "s.jsonl"), "--judge", "none"])
     assert "100%" in capsys.readouterr().out                # ended: of the one that says so
+
+
+def test_you_are_the_judge(tmp_path, monkeypatch, capsys):
+    typed, path = iter(["8 7", "8 7 6 5 d"]), tmp_path / "s.jsonl"
+    path.write_text("".join(json.dumps({"model": f"model-{i}", "prompt": "Tom", "completion":
+                                        f" sat\x1b[2J{i}."}) + "\n" for i in range(3)))
+
+    def answer(_):
+        for words in typed:
+            return words
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", answer)
+    with pytest.raises(SystemExit) as end:                  # typed: one and a half
+        grade.main([str(path), "--judge", "me", "--no-anchors"])
+    printed = capsys.readouterr().out
+    assert end.value.code == 130 and printed.count("Tom*** sat?[2J") == 2
+    assert "model-" not in printed                          # blind
+    typed = iter(["1 2 3 4 A", "2 3 4 5 B"])
+    grade.main([str(path), "--judge", "me", "--no-anchors"])
+    printed = capsys.readouterr().out                       # the page again, which is half graded
+    assert printed.count("Tom*** sat?[2J") == 2 and "model-2" in printed
+    assert {line["grades"]["plot"] for line in grade.graded(tmp_path)[None]} == {5, 4}
+
+
+def test_a_file_of_stories_may_be_one_of_prompts(tmp_path):
+    stories = ["was broken.", "Tom sat. He ran away then.", "\n", "Ann had a ball.", "Cut here"]
+    (tmp_path / "p.txt").write_text("\n<|endoftext|>\n".join(stories))
+    rows = grade.read_prompts("story", tmp_path / "p.txt")
+    assert [row["prompt"] + row["ending"] for row in rows] == [stories[1], stories[3]]
+    assert rows[0]["prompt"] == "Tom sat. He"
 
 
 def test_what_grade_imports_and_measures(tmp_path):
