@@ -1575,6 +1575,24 @@ def test_what_is_copied_is_shown(data, aged, capsys, monkeypatch):
     assert text.count("<b>") == text.count("</b>") > 0 and (aged / "copying.png").exists()
 
 
+def test_what_is_told_does_not_depend_on_how_often(aged, tmp_path, capsys):
+    def told(n, folder):
+        if not folder.exists():
+            shutil.copytree(aged, folder, ignore=shutil.ignore_patterns("*.jsonl"))
+        grade.main([str(folder), "--judge=none", f"--n={n}", "--max_new_tokens=8", "--device=cpu"])
+        lines = grade.read_lines(folder / "completions.jsonl")
+        assert len(lines) == len({line["key"] for line in lines}) == 50 * n
+        return {line["key"]: line["completion"] for line in lines}
+
+    once, twice = told(1, tmp_path / "once"), told(2, tmp_path / "twice")
+    assert once.items() < twice.items() == told(2, tmp_path / "once").items()
+    ledger = tmp_path / "once" / "completions.jsonl"
+    ledger.write_bytes(ledger.read_bytes()[:-40])           # as a kill leaves it
+    again = told(2, tmp_path / "once")
+    assert sum(again[key] == twice[key] for key in twice) >= 99
+    assert "is cut" in capsys.readouterr().err
+
+
 def test_what_is_learned_when(data, aged, teach, monkeypatch, capsys):
     (aged / "p.txt").write_text("Tom was sad***")
     runs = [str(aged / f"ckpt_{step:06}.pt") for step in (5, 12)]
