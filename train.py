@@ -683,10 +683,14 @@ def largest(number, device):
     return int(number)
 
 
-def main(argv=None):
+def start(argv):
     first = os.environ.get("RANK", "0") == "0"          # the other ranks must not wait for this one
-    settings = load_config(sys.argv[1:] if argv is None else argv)
+    settings = load_config(argv)
     prepare.command(train, settings, folder=Path(settings.out_dir) if first else None)
+
+
+def main(argv=None):
+    prepare.command(start, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":
