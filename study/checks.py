@@ -1,6 +1,6 @@
 """Are a model's stories right? For stories that our own grammar tells, no judge is needed.
 
-    python -m study.checks out/demo             # a quarter of a minute on two CPU cores
+    python -m study.checks out/demo             # seconds
     python -m study.checks out/demo_instruct    # are the words there that it was asked for?
 
 The grammar tells stories that are not in the sample (prepare.py); the model gets the first scene of
