@@ -32,9 +32,9 @@ class GPTConfig:
     pos: str = "rope"           # where a token stands: rope (turned) or learned (a vector)
     norm: str = "rms"           # rms (no weights) or layer (LayerNorm)
     act: str = "relu2"          # relu2 (squared ReLU) or gelu
-    qk_norm: bool = True        # give queries and keys unit size, so that attention cannot saturate
+    qk_norm: bool = True        # RMS-normalise queries and keys: attention cannot saturate
     bias: bool = False          # in all linear maps but those of q, k and v, as in GPT-Neo
-    window: int = 0             # layers 1, 3, 5 ... see this many tokens, their own counted; 0: all
+    window: int = 0             # layers 1, 3, 5 ... (of 0, 1, 2 ...) see so many tokens; 0: all
     init: str = "zero"          # what a fresh block adds: some of what it looks at (copy), nothing
                                 # (zero), or noise (normal)
     value_residual: bool = True # layers mix the first one's values into theirs (arXiv 2410.17897)
@@ -281,8 +281,8 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = make_norm(config)
         self.apply(self._init)
-        with torch.no_grad():       # a token's own logit, std * C, must not grow with the width:
-            self.token_embedding.weight *= min(1.0, 256 / C)    # each would but repeat itself
+        with torch.no_grad():       # a token's own logit, std * C, must not grow with the width,
+            self.token_embedding.weight *= min(1.0, 256 / C)    # or it would only predict itself
         std = 0.02 / math.sqrt(2 * config.n_layer) if config.init == "normal" else 0.0
         for block in self.blocks:       # all that adds to the stream: together it keeps its size
             nn.init.normal_(block.attention.out.weight, std=std)
@@ -300,9 +300,9 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name):
-        """A model that the paper's authors released as one of ours: "roneneldan/TinyStories-33M",
-        or a folder with its config.json and its weights. See study/released.py."""
-        from study.released import read_model       # else this file needs none of the others
+        """A model that the paper's authors released, turned into one of ours: its name,
+        "roneneldan/TinyStories-33M", or a folder with its config.json and weights."""
+        from study.released import read_model       # here: this file needs no other one
         return read_model(name)
 
     def hidden(self, idx, cache=None):
@@ -317,7 +317,7 @@ class GPT(nn.Module):
             x = x + self.position_embedding.weight[start:end]
         x = self.drop(x)
         rotary = None if self.rotary is None else self.rotary[:, start:end]
-        kernel = T == end and x.device.type != "cpu"        # a GPU's masks by itself, if no cache
+        kernel = T == end and x.device.type != "cpu"        # it masks by itself, without a cache
         far = None if T == 1 or kernel else look_back(T, end, end, x.device)
         near = look_back(T, end, window, x.device) if 0 < window < end else far
         first = None                                        # the values of the first layer

@@ -253,10 +253,10 @@ def instructions(values):
 
 
 def write_record(text, choose, values):
-    """A story as TinyStories-Instruct has it: some fields in some order, then the story. choose: of
-    a list; values: {field: text, or "" if there is none}, but for the random sentence."""
+    """A story as TinyStories-Instruct has it: some fields in some order, then the story. choose:
+    picks from a list; values: {field: text, or "" if there is none}, but for the sentence."""
     sentences = re.split(r'(?:(?<=[.!?])|(?<=[.!?]["”]))\s+(?![a-z])', text)[1:]
-    whole = [one for one in sentences if "\n" not in one and       # none cut in speech
+    whole = [one for one in sentences if "\n" not in one and       # no half of a quotation
              len(re.findall('["“”]', one)) % 2 == 0]
     values = {**values, "Random sentence": choose(whole or [""])}
     order = choose([order for order in FIELD_ORDERS if all(map(values.get, order))])
@@ -276,7 +276,7 @@ def tell_sample(folder, instruct):
         paths[split] = folder / f"{split}.txt"
         with open(paths[split], "w", encoding="utf-8", newline="\n") as file:
             for number in itertools.islice(numbers, stories):
-                story = Story(rules, plots, random.Random(f"0-{number}"))   # goes by its number
+                story = Story(rules, plots, random.Random(f"0-{number}"))   # each by itself
                 file.write((story.record() if instruct else story.text) + f"\n{MARK}\n")
                 nats += story.nats if split == "val" else 0.0
     return paths, nats

@@ -1753,7 +1753,8 @@ def test_what_heads_do_is_measured():
 
 def test_top_tokens_are_shown_in_their_contexts_with_what_is_common_to_them(monkeypatch):
     monkeypatch.setattr(inside, "TOP", 3)
-    words, fired = ["■", " a", " cat", " saw", " a", " dog", ".", "■", " a", " bee"], torch.zeros(10)
+    words = ["■", " a", " cat", " saw", " a", " dog", ".", "■", " a", " bee"]
+    fired = torch.zeros(len(words))
     fired[[2, 5, 9]] = torch.tensor([1.0, 2.0, 3.0])
     neuron = inside.describe_neuron(words, fired)
     assert neuron["says"] == "3 of 3 follow “a”"

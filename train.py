@@ -61,9 +61,9 @@ class Settings:
     # the optimizer
     optimizer: str = "muon"         # muon (for matrices, AdamW for the rest), adamw (for all)
     learning_rate: float = 5e-3     # at its peak
-    schedule: str = "linear"        # after the warm-up: constant, cosine, linear (a stay, a fall)
+    schedule: str = "linear"        # after warm-up: constant, cosine, linear (flat, then falling)
     warmup_steps: int = 50
-    decay: float = 0.6              # the share of the steps after the warm-up in which it falls
+    decay: float = 0.6              # linear: the share of the steps after warm-up in which it falls
     final_lr: float = 0.0           # what cosine and linear fall to, as a share of the peak
     momentum: float = 0.85          # of Muon
     beta2: float = 0.99             # of AdamW: how slowly it forgets the size of gradients
@@ -74,7 +74,7 @@ class Settings:
     max_steps: int = 7_000
     # looking at it
     eval_interval: int = 500        # steps between two looks at the validation text; 0: at the end
-    eval_tokens: int = 163_840      # how much of it is read (twice); 0: all
+    eval_tokens: int = 163_840      # how much is read, as windows and as whole stories; 0: all
     log_interval: int = 20          # steps between two lines
     save_interval: int = 500        # steps between two checkpoints; 0: at the end
     keep_checkpoints: bool = False  # keep the weights of each, as ckpt_<step>.pt
@@ -216,12 +216,12 @@ def targets(ids, eot, mark):
     return np.where(began > ended, ids[1:], -1)
 
 
-def get_batch(path, block_size, rows, seed, eot=0, mark=()):
+def get_batch(file, block_size, rows, seed, eot=0, mark=()):
     """The windows of the token stream that have the numbers `rows`, counted from the start of
     training -> x, y (len(rows), block_size) int64; y is x one token later (see `targets`). An epoch
     shuffles the windows and moves their edges; within it each token is a target once, but for up to
     two windows at the ends. A function of its arguments alone: a resumed run needs nothing else."""
-    data = np.memmap(path, dtype=np.uint16, mode="r")   # anew: the pages before are let go again
+    data = np.memmap(file, dtype=np.uint16, mode="r")   # anew: the pages before are let go again
     windows = len(data) // block_size - 1
     x, y = np.empty((2, len(rows), block_size), dtype=np.int64)
     for i, row in enumerate(rows):
@@ -385,8 +385,8 @@ def keep(path, write):
             write(file)
         return True
     except (OSError, RuntimeError) as error:        # torch words a full disk as a RuntimeError
-        write(whole := io.BytesIO())
-        size, free = whole.tell() / 1e6, shutil.disk_usage(path.parent).free / 1e6
+        write(copy := io.BytesIO())
+        size, free = copy.tell() / 1e6, shutil.disk_usage(path.parent).free / 1e6
         why = error if free > size else f"it takes {size:,.1f} MB, and {free:,.1f} MB are free"
         print(f"Could not write {path}: {why}. What was there before stays; the next time it is "
               "tried again.", file=sys.stderr)
@@ -517,12 +517,12 @@ def learn(settings, rank, world, device, signals):
     if not any((y >= 0).any() for _, y in windows):
         raise SystemExit(f"{data} has no instructions (no line begins with Story:), so story_only "
                          "has nothing to count.")
-    stream = open(data / "train.bin", "rb")             # stays what it is, if it is made anew
+    file = open(data / "train.bin", "rb")       # kept open: another one in its place is not read
     tokenizer = prepare.load_tokenizer(data)
     bits = bits_per_byte(windows, tokenizer)
-    whole = all((y == meta["eot"]).any(dim=1).all() for _, y in stories)     # none is cut
+    uncut = all((y == meta["eot"]).any(dim=1).all() for _, y in stories)
     bound = meta.get("entropy_bound", {}).get("nats_per_token") \
-        if whole and not settings.story_only else None
+        if uncut and not settings.story_only else None
 
     keep_memory()
     dtype = best_dtype(device.type) if settings.dtype == "auto" else getattr(torch, settings.dtype)
@@ -571,7 +571,7 @@ def learn(settings, rank, world, device, signals):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        batch = get_batch(stream, T, range(step * rows, (step + 1) * rows), settings.seed,
+        batch = get_batch(file, T, range(step * rows, (step + 1) * rows), settings.seed,
                           meta["eot"], mark)                            # of all ranks
         asked = int((batch[1] >= 0).sum())
         for i in range(rank * rows // world, (rank + 1) * rows // world, micro):
@@ -653,8 +653,8 @@ def learn(settings, rank, world, device, signals):
         say(f"Stopped after step {step}. The same command goes on"
             + " (without --overwrite=True)" * settings.overwrite + ".")
     else:
-        say(f"Done: {step:,} steps in {seconds / 60:.1f} minutes. A story: python sample.py {folder}"
-            f"   The curve: {folder / 'loss.png'}\nTo train on: --max_steps={2 * step} "
+        say(f"Done: {step:,} steps in {seconds / 60:.1f} minutes. A story: python sample.py "
+            f"{folder}   The curve: {folder / 'loss.png'}\nTo train on: --max_steps={2 * step} "
             "--resume=True   To begin anew: --overwrite=True")
     if not saved:
         print(f"The last checkpoint of {folder} could not be saved.", file=sys.stderr)

@@ -10,9 +10,9 @@ tokens. The answer is in out/<run>/copying.md and copying.png. After arXiv 2305.
 
 Beside a completion stands the true ending of its story. Both are cut to the length of the shorter,
 and both are looked for in all training stories but those that were begun: with the same beginning,
-the same length and the same shelf, what true endings share with other stories is what honest text
-shares. The unit is the token of the run's own tokenizer, nearly always a word or a mark; the paper
-counts words, cuts nothing and looks in all stories.
+the same length and the same stories to be found in, true endings show what an original text shares
+with others. The unit is the token of the run's own tokenizer, nearly always a word or a mark; the
+paper counts words, cuts nothing and looks in all stories.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import sample
 KS = (1, 2, 3, 4, 5)        # tokens of a k-gram
 NEAR = (2, 3)               # those by which the nearest story is found
 PIECE = 1 << 18             # tokens read at a time
-LEAST = 20                  # tokens that are compared: of a few words, all are found somewhere
+LEAST = 20                  # tokens that are compared: a few words are found somewhere anyway
 ROWS = 25                   # completions written at a time
 KINDS = ("completions", "true endings")
 PAPER = {"(a) 2-grams in the true ending": "nearly all under 0.25",     # what it found

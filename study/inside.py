@@ -74,11 +74,11 @@ def spell(tokenizer, ids):
 # -------------------------------------------------------------------------------- heads and neurons
 
 def measure(maps, ids):
-    """What the heads do in one text: maps (layers, H, T, T), ids (T,) -> (layers, H, 5), of COLUMNS
-    the mean over all tokens (nan where no token has any to look at)."""
+    """What the heads do in one text: maps (layers, H, T, T), ids (T,) -> (layers, H, 5), the means
+    of COLUMNS over all tokens (nan where no token has any to look at)."""
     i, j = torch.arange(len(ids))[:, None], torch.arange(len(ids))
     same = ids[:, None] == ids
-    inner = maps[..., 1:]                   # the first token is where they look that find nothing
+    inner = maps[..., 1:]                   # a head that finds nothing looks at the first token
     columns = [(inner * (i - j[1:])).sum((2, 3)) / inner.sum((2, 3))]
     for where in ((j == 0) & (i > 0), j == i - 1, same & (j < i),
                   same.roll(1, dims=1) & (0 < j) & (j <= i)):

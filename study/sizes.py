@@ -3,7 +3,7 @@
     python -m study.sizes --grid demo       # nine small models: 9 minutes on two CPU cores
     python -m study.sizes --grid paper      # the paper's Figure 4: hours on a large GPU
     python -m study.sizes --grid heads      # its Figure 24: two, four, eight heads
-    python grade.py out/sizes/demo/w*       # a judge's grades; the command above puts them in
+    python grade.py out/sizes/demo/w*       # a judge's grades; the grid, run again, puts them in
 
 Every shape of a grid is trained on the same tokens, as a run of train.py in out/sizes/<grid>/, and
 then looked at: its loss, the checks of study/checks.py, a judge's grades where there are any. The
@@ -66,7 +66,7 @@ def plan(name, changes=()):
 
 
 def work(settings):
-    """Operations of training that a run still needs, about (10,000 tokens are guessed)."""
+    """Operations of training that a run still needs, about (a vocabulary of 10,000 is guessed)."""
     with torch.device("meta"):                          # no memory for the weights
         model = GPT(train.model_config(settings, 10_000))
     log = Path(settings.out_dir, "log.csv")

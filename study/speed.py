@@ -7,7 +7,7 @@
 
 Everything is measured in turn, round after round, for machines are not the same from one minute to
 the next; the table holds medians, and its ratios are medians of the ratios within a round. The
-shape is tiny_8l's: 8 layers of width 256, 10,000 tokens.
+shape is tiny_8l's: 8 layers of width 256, a vocabulary of 10,000.
 """
 
 import argparse
@@ -60,7 +60,7 @@ class Step:
 
 
 # From the plainest step to ours: what a rung is called, and what it changes in the one before.
-LADDER = [("float32, attention and loss written out, AdamW, 50,257 tokens", Step(
+LADDER = [("float32, attention and loss written out, AdamW, a vocabulary of 50,257", Step(
               tf32=False, dtype=torch.float32, flash=False, fused=False, vocab=50_257,
               sliced=False, muon=False, whole=False)),
           ("TF32", dict(tf32=True)), ("bfloat16", dict(dtype=None)),

@@ -1,7 +1,7 @@
 """What does a model learn when?
 
-    python train.py config/demo.py --out_dir=out/when --keep_checkpoints=True --save_interval=100 \\
-        --eval_interval=100
+    python train.py config/demo.py --out_dir=out/when --keep_checkpoints=True --save_interval=250 \\
+        --eval_interval=250
     python -m study.when out/when                       # half a minute
     python -m study.when out/when --prompt "Tom was sad because" --prompt "Once" --temperature 0.8
 
@@ -39,7 +39,7 @@ def kept(folder):
         if not (folder / "ckpt.pt").is_file():
             sample.load_run(folder)                         # says what is missing
         raise SystemExit(f"{folder} has kept its last checkpoint only. Train it anew, with "
-                         "--keep_checkpoints=True --save_interval=100 --overwrite=True")
+                         "--keep_checkpoints=True --save_interval=250 --overwrite=True")
     return dict(sorted(files.items()))
 
 
@@ -124,7 +124,7 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="the folder of a run")
     parser.add_argument("--prompt", action="append", help="how a story begins; more than one "
-                        "can be given (default: the first three of data/beginnings.txt)")
+                        "can be given (default: three of ours, see data/)")
     parser.add_argument("--max_new_tokens", type=int, default=60)
     parser.add_argument("--temperature", type=float, default=0.0, help="default 0: the likeliest")
     parser.add_argument("--seed", type=int, default=0)
