@@ -261,12 +261,15 @@ def complete(path, args, judge):
         if missing and model is None:
             judge.connect()                                 # no key? Better said before the work
             model, tokenizer = sample.load_run(file, args.device)
-        if missing and not (told and args.dry_run):         # a dry run tells one, for all
-            ids = [sample.encode_prompt(tokenizer, keys[key]["prompt"], model.config.block_size)
-                   for key in missing[:1 if args.dry_run else None]]
+        if missing and not (told and args.dry_run):         # a dry run tells one, for all; else
+            batch = [*keys.values()][:1 if args.dry_run else None]      # the draws go by the whole
+            ids = [sample.encode_prompt(tokenizer, row["prompt"], model.config.block_size)
+                   for row in batch]
             told = model.generate(ids, stop=tokenizer.eot_token, seed=1000 * args.seed + rep, **how)
             print(f"{path}: told {rep + 1} of {args.n} times", file=sys.stderr)
-        for key, tokens in zip(missing, itertools.cycle(told)):
+        for key, tokens in zip(keys, itertools.cycle(told)):
+            if key not in missing:
+                continue
             have[key] = {"key": key, "model": path.as_posix(), "checkpoint": checkpoint, "rep": rep,
                          "dataset": dataset, "shape": [model.config.n_embd, model.config.n_layer],
                          "prompt": keys[key]["prompt"], "completion": tokenizer.decode(tokens),
@@ -820,14 +823,18 @@ def grade(args):
               "turns", asked[0], calls,             # four letters a token, twice
               (len(str(asked)) // 2 + 400 * len(queue), 250 * len(queue)))
         ask_all(judge, lambda item: judge_one(judge, item), queue, "judged")
+    failed = {item["key"]: item["failed"] for item in queue if "failed" in item}
+    for item in items:                                  # of those alike, one was asked for all
+        item["failed"] = failed.get(item["key"], "not asked yet")
     bad = [item["reason"] for item in map(settle, items) if not item["grades"]]
     if len(bad) < len(items) and judge.code != 130:     # who stops it does not wait for a report
         report(judge, items)
     if not judge.stop and len(bad) <= 0.05 * len(items):
         return 0
     why = judge.stop or f"Do not trust the means ({bad[0]})"
-    print(f"{why}: {len(bad)} of {len(items)} are unscored{judge.paid()}. The same command asks "
-          "again where no answer came.", file=sys.stderr)
+    print(f"{why}: {len(bad)} of {len(items)} are unscored{judge.paid()}. The same command"
+          + " without --reparse" * args.reparse + " asks again where no answer came.",
+          file=sys.stderr)
     return judge.code or 3
 
 
@@ -857,7 +864,8 @@ def main(argv=None):
     check_options(
         parser, args, args.judge,
         (min(args.n, args.max_new_tokens) < 1, "--n and --max_new_tokens must be 1 or more"),
-        (not 0 <= args.temperature < 1e9 or args.seed < 0, "no number may be negative"),
+        (not 0 <= args.temperature < 1e9 or not 0 <= args.seed < 1e9,
+         "no number may be negative, or beyond bounds"),
         (args.prompts == "paper" and args.task != "story", "--prompts paper is for stories"),
         (not all(map(os.path.isfile, files)), f"no such file: {' or '.join(files)}"))
     if args.judge in ("me", "none"):

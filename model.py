@@ -102,7 +102,8 @@ class Cache:
     def keep(self, rows):
         """Forget all rows but these, a mask (B,)."""
         rows = rows.to(self.k.device)
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.k = self.k[:, rows]        # one after the other, so that never both are there twice
+        self.v = self.v[:, rows]
 
 
 def look_back(T, S, window, device):
@@ -263,8 +264,9 @@ def keep_memory():
     """Linux's malloc hands large arrays back as soon as they are free, and clears them page by page
     when they are asked for again, in each step. Let it keep them."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        for option in (-1, -3):             # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD (malloc.h)
-            libc.mallopt(option, 1 << 30)
+        libc.mallopt(-1, 1 << 30)           # M_TRIM_THRESHOLD (malloc.h)
+        if not libc.mallopt(-3, 1 << 30):   # M_MMAP_THRESHOLD; glibc before 2.35 takes no more than
+            libc.mallopt(-3, 1 << 25)       # this
 
 
 class GPT(nn.Module):

@@ -172,7 +172,10 @@ def read_grammar(path):
     for name, shared, kind, ways in re.findall(rule, text):
         entries = []
         for way in ways.split(" | "):
-            way, own = re.fullmatch(r"(.*?)(?: \((.*=.*)\))?", way.strip()).groups("")
+            way, own = re.fullmatch(r"(.*?)(?: \((.*=.*)\))?", way.strip(" |")).groups("")
+            if not way or way.count("{") != way.count("}"):
+                raise SystemExit(f"{path}: a way of the rule {name!r} is empty, or cut in a brace "
+                                 "(inside {...}, no blanks around |).")
             pairs = re.findall(r"(\w+)=([^,]*)", f"{shared}, {own}")
             entries.append({**dict(pairs), "": way})
         rules[name] = kind == "=", entries
@@ -223,20 +226,22 @@ class Story:
     def fill(self, inside):
         if "|" in inside:                               # {red|blue}: one of these
             return self.choose(inside.split("|"))
-        name, _, form = inside.lower().partition(".")   # {toy}, {Toy}, {hero.he}, {hero.He}
+        name, _, form = inside.partition(".")           # {toy}, {Toy}, {hero.he}, {hero.He}
+        capital = (form or name)[:1].isupper()
+        name, form = name[:1].lower() + name[1:], form.lower()
         forms = self.held.get(name) or self.draw(name)
         if self.rules[name][0] and name not in self.held:
             if forms[""] in [held[""] for held in self.held.values()]:
                 return self.fill(inside)                # no two variables hold the same text
             self.held[name] = forms
-        capital = inside.split(".")[-1][:1].isupper()
-        return forms[form][0].upper() + forms[form][1:] if capital else forms[form]
+        return forms[form][:1].upper() + forms[form][1:] if capital else forms[form]
 
     def draw(self, name):
         """Draw an entry of a rule -> {form: text}."""
         entry = self.choose(self.rules[name][1])
         if inner := re.fullmatch(r"\{(\w+)\}", entry[""]):      # a list of lists: the inner
-            return {**entry, **self.draw(inner[1])}             # brings its forms
+            drawn = self.draw(inner[1])                         # brings its forms
+            return {**drawn, **entry, "": drawn[""]}
         text = self.tell(entry[""])
         appended = {end: text + end for end in ("s", "ed", "ing")}  # for lack of forms of its own
         return {**appended, **entry, "": text}

@@ -127,6 +127,8 @@ def main(argv=None):
         parser.error("-n and --max_new_tokens must be 1 or more")
     if not args.temperature >= 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
         parser.error("--temperature and --top_k must not be negative; --top_p lies in (0, 1]")
+    if not 0 <= args.seed < 1e9:
+        parser.error("--seed must not be negative, nor beyond a billion")
     if "-" in prompts and (len(args.runs) > 1 or len(prompts) > 1):
         parser.error("--prompt - talks with one model, and needs no other prompt")
     prepare.command(answer, args, prompts)

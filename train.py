@@ -405,7 +405,12 @@ def write_log(path, log):
 
 def read_log(path):
     with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    if reader.fieldnames != COLUMNS:
+        raise SystemExit(f"{path} is not as train.py wrote it (has a spreadsheet saved it?). The "
+                         "training's own command writes it anew.")
+    return rows
 
 
 def draw_loss(folder, log, bound=None):
@@ -441,6 +446,7 @@ def take_up(settings, meta, model, optimizers, scaler):
     other = "Choose another --out_dir, or throw that run away with --overwrite=True."
     try:
         checkpoint = read_checkpoint(folder / "ckpt.pt")
+        checkpoint["log"]           # an earlier train.py had none: nothing can go on from there
         old, new = checkpoint["settings"], asdict(settings)
         differ = {key: f"{key} ({old.get(key)} there, {new[key]} here)" for key in new
                   if old.get(key) != new[key] and key not in ("resume", "overwrite", "out_dir")}

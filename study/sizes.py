@@ -71,8 +71,11 @@ def work(settings):
         model = GPT(train.model_config(settings, 10_000))
     log = Path(settings.out_dir, "log.csv")
     steps = [int(row["step"]) for row in train.read_log(log)] if log.exists() else []
-    return (settings.max_steps - max(steps, default=0)) * settings.batch_tokens * \
-        model.flops_per_token()
+    left = settings.max_steps - max(steps, default=0)
+    if left < 0:
+        raise SystemExit(f"{settings.out_dir} has made more steps than {settings.max_steps}: throw "
+                         "the grid away with --overwrite=True, or move it.")
+    return left * settings.batch_tokens * model.flops_per_token()
 
 
 def measure(settings, n):
@@ -81,8 +84,9 @@ def measure(settings, n):
     data, meta = train.find_data(settings.dataset)
     model, tokenizer = sample.load_run(folder, settings.device, torch.float32)
     told = meta["dataset"] == "sample"                  # by the grammar, which can check it
+    mark = meta.get("story_mark", (-1,)) if settings.story_only else ()
     stories = train.validation(data / "val.bin", meta, settings.block_size,
-                               0 if told else settings.eval_tokens, 16)[1]
+                               0 if told else settings.eval_tokens, 16, mark)[1]
     looks = [(model.flops_per_token() * int(look["tokens"]), float(look["val_loss"]))
              for look in train.read_log(folder / "log.csv") if look["val_loss"]]
     checked = check_run(model, tokenizer, n) if told else {}
@@ -90,7 +94,7 @@ def measure(settings, n):
             "parameters": model.count_parameters(embeddings=False),
             "whole stories": train.evaluate(model, stories, model.token_embedding.weight.device,
                                             contextlib.nullcontext),
-            "entropy": meta.get("entropy_bound", {}).get("nats_per_token"),
+            "entropy": None if mark else meta.get("entropy_bound", {}).get("nats_per_token"),
             "scores": {"loss": looks[-1][1], **{check: 100 * share
                                                 for check, share in checked.items()}}}
 
@@ -242,7 +246,8 @@ def study(args, changes):
         train.train(settings)               # or go on with it, or see that it is finished
         torch.compiler.reset()              # after some shapes, it would give up compiling
         rows[Path(settings.out_dir).name] = measure(settings, args.n)
-        table = report(folder, rows, args.n)
+        if costs[number] or settings is runs[-1]:       # a report is there that knows all others
+            table = report(folder, rows, args.n)
     print(f"\n{table}\n\nThe report: {folder / 'report.md'}")
 
 
