@@ -2,7 +2,7 @@
 
     python train.py config/demo.py --out_dir=out/when --keep_checkpoints=True --save_interval=250 \\
         --eval_interval=250
-    python -m study.when out/when                       # half a minute
+    python -m study.when out/when                       # seconds
     python -m study.when out/when --prompt "Tom was sad because" --prompt "Once" --temperature 0.8
 
 A run that keeps its checkpoints can be asked again at every age. Each of them goes on with the same
