@@ -257,18 +257,18 @@ def complete(path, args, judge):
     stories, model, told = [], None, []
     for rep in range(args.n):
         keys = {digest(checkpoint, row["prompt"], rep, args.seed, how): row for row in rows}
-        missing = [key for key in keys if key not in have] if not args.reparse else []
-        if missing and model is None:
+        lacking = not args.reparse and not keys.keys() <= have.keys()
+        if lacking and model is None:
             judge.connect()                                 # no key? Better said before the work
             model, tokenizer = sample.load_run(file, args.device)
-        if missing and not (told and args.dry_run):         # a dry run tells one, for all; else
-            batch = [*keys.values()][:1 if args.dry_run else None]      # the draws go by the whole
+        if lacking and not (told and args.dry_run):         # a dry run tells one, for all
+            batch = [*keys.values()][:1 if args.dry_run else None]
             ids = [sample.encode_prompt(tokenizer, row["prompt"], model.config.block_size)
                    for row in batch]
             told = model.generate(ids, stop=tokenizer.eot_token, seed=1000 * args.seed + rep, **how)
             print(f"{path}: told {rep + 1} of {args.n} times", file=sys.stderr)
         for key, tokens in zip(keys, itertools.cycle(told)):
-            if key not in missing:
+            if key in have:                                 # before a stop, by the same draws
                 continue
             have[key] = {"key": key, "model": path.as_posix(), "checkpoint": checkpoint, "rep": rep,
                          "dataset": dataset, "shape": [model.config.n_embd, model.config.n_layer],

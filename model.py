@@ -264,9 +264,9 @@ def keep_memory():
     """Linux's malloc hands large arrays back as soon as they are free, and clears them page by page
     when they are asked for again, in each step. Let it keep them."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-1, 1 << 30)           # M_TRIM_THRESHOLD (malloc.h)
-        if not libc.mallopt(-3, 1 << 30):   # M_MMAP_THRESHOLD; glibc before 2.35 takes no more than
-            libc.mallopt(-3, 1 << 25)       # this
+        libc.mallopt(-1, 1 << 30)                   # M_TRIM_THRESHOLD (malloc.h)
+        if not libc.mallopt(-3, 1 << 30):           # M_MMAP_THRESHOLD
+            libc.mallopt(-3, 1 << 25)               # the most that glibc before 2.35 takes
 
 
 class GPT(nn.Module):
@@ -385,7 +385,7 @@ class GPT(nn.Module):
                 cache.length, new = 0, min(t, max(1, block_size // 2))
             logits = self(tokens[rows, t - new:t].to(device), cache=cache)[0][:, -1]    # (rows, V)
             logits = logits[:, :self.config.vocab_size]     # padding is never drawn
-            u = torch.rand(B, 1, generator=generator)[rows]
+            u = torch.rand(B, 1, generator=generator)[rows]                             # (rows, 1)
             drawn = draw(logits, u.to(device), temperature, top_k, top_p).cpu()         # (rows,)
             tokens[rows, t] = torch.where(t < lengths[rows], tokens[rows, t], drawn)
             writes = alive & (t >= lengths)                                             # (B,)

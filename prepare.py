@@ -172,8 +172,8 @@ def read_grammar(path):
     for name, shared, kind, ways in re.findall(rule, text):
         entries = []
         for way in ways.split(" | "):
-            way, own = re.fullmatch(r"(.*?)(?: \((.*=.*)\))?", way.strip(" |")).groups("")
-            if not way or way.count("{") != way.count("}"):
+            way, own = re.fullmatch(r"(.*?)(?: \((.*=.*)\))?", way.strip()).groups("")
+            if not way or way != way.strip("|") or way.count("{") != way.count("}"):
                 raise SystemExit(f"{path}: a way of the rule {name!r} is empty, or cut in a brace "
                                  "(inside {...}, no blanks around |).")
             pairs = re.findall(r"(\w+)=([^,]*)", f"{shared}, {own}")

@@ -92,8 +92,9 @@ CHOICES = {"optimizer": ("muon", "adamw"), "schedule": ("constant", "cosine", "l
            "device": ("auto", "cpu", "cuda", "mps"),
            "dtype": ("auto", "bfloat16", "float16", "float32"),
            "compile": ("auto", "True", "False")}
-BOUNDS = {"batch_tokens": (1, 1e9), "max_steps": (1, 1e9), "log_interval": (1, 1e9),
-          "decay": (0, 1), "final_lr": (0, 1), "momentum": (0, 0.9999), "beta2": (0, 0.9999)}
+BOUNDS = {"learning_rate": (1e-9, 1e9), "batch_tokens": (1, 1e9), "max_steps": (1, 1e9),
+          "log_interval": (1, 1e9), "decay": (0, 1), "final_lr": (0, 1), "momentum": (0, 0.9999),
+          "beta2": (0, 0.9999)}
 HARMLESS = {"eval_interval", "eval_tokens", "log_interval", "save_interval", "max_steps",
             "keep_checkpoints", "micro_batch", "device", "dtype", "compile"}
 
@@ -690,6 +691,7 @@ def largest(number, device):
 
 
 def start(argv):
+    """Read the settings, and train in the folder that they name."""
     first = os.environ.get("RANK", "0") == "0"          # the other ranks must not wait for this one
     settings = load_config(argv)
     prepare.command(train, settings, folder=Path(settings.out_dir) if first else None)
