@@ -1957,6 +1957,8 @@ def test_a_grid_is_trained_once_and_reported(data, tmp_path, monkeypatch, capsys
         sizes.main(["--grid", "demo", "-n", "6", "--seed=1"])
     with pytest.raises(SystemExit, match="more steps than 2"):
         sizes.main(["--grid", "demo", "-n", "6", "--max_steps=2", "--resume=True"])
+    sizes.main(["--grid", "demo", "-n", "6", "--max_steps=2", "--overwrite=True"])
+    assert train.read_log(folder / "w16_l2_h2" / "log.csv")[-1]["step"] == "2"
 
 
 # ------------------------------------------------------------------------------------- the commands

@@ -70,7 +70,8 @@ def work(settings):
     with torch.device("meta"):                          # no memory for the weights
         model = GPT(train.model_config(settings, 10_000))
     log = Path(settings.out_dir, "log.csv")
-    steps = [int(row["step"]) for row in train.read_log(log)] if log.exists() else []
+    begun = log.exists() and not settings.overwrite
+    steps = [int(row["step"]) for row in train.read_log(log)] if begun else []
     left = settings.max_steps - max(steps, default=0)
     if left < 0:
         raise SystemExit(f"{settings.out_dir} has made more steps than {settings.max_steps}: throw "
