@@ -1,11 +1,11 @@
-"""How does a trained model tell a story?
+"""How does a trained model write a story?
 
-    python sample.py out/tiny_8l                                    # one story, as it is written
-    python sample.py out/tiny_8l --prompt "Once upon a time" -n 3 --temperature 0.8
-    python sample.py out/tiny_8l --prompt -                         # you begin, it goes on
-    python sample.py out/tiny_1l out/tiny_8l --prompt "Tom was sad"     # a table in Markdown
-    python sample.py out/instruct_8l --words "quit, oak, gloomy" --features Dialogue,BadEnding
-    python sample.py roneneldan/TinyStories-33M                     # what the paper's authors made
+    python sample.py out/demo                                       # one story, token by token
+    python sample.py out/demo --prompt "Once upon a time" -n 3 --temperature 0.5
+    python sample.py out/demo --prompt -                            # you begin, the model continues
+    python sample.py out/tiny_1l out/tiny_8l --prompt "Tom was sad" # side by side, as Markdown
+    python sample.py out/demo --without 1.0                         # without layer 1's head 0
+    python sample.py out/demo_instruct --words "find, boat, red" --features Dialogue,BadEnding
 """
 
 import argparse
@@ -13,153 +13,193 @@ import codecs
 import sys
 from pathlib import Path
 
-import torch
-
 import prepare
-from model import GPT, GPTConfig, best_device, best_dtype, keep_memory, read_checkpoint
+from data.grammar import FIELDS, format_instructions
+from model import NonFiniteLogits, best_dtype, find_device, load_model, tune_malloc
 
-FEATURES = ("Dialogue", "BadEnding", "MoralValue", "Twist", "Foreshadowing", "Conflict")
+# ----------------------------------------------------------------------------------- loading a run
 
 
 def find_run(path):
-    """What a user calls a run -> its checkpoint file. It is a run's folder, or a checkpoint, or a
-    released model: its name on the hub (roneneldan/...) or a folder with its config.json, which
-    becomes a run's folder here."""
+    """A run's folder or a checkpoint file -> the checkpoint file."""
     path = Path(path)
-    on_hub = path.parent.as_posix() == "roneneldan" and not path.exists()
-    folder = Path("out", path.name) if on_hub else path
-    file = path if path.is_file() else folder / "ckpt.pt"
-    if not file.exists() and (on_hub or (folder / "config.json").is_file()):
-        from study.released import adopt
-        adopt(path.as_posix(), folder)
-    if not file.is_file():
-        runs = ", ".join(run.parent.as_posix() for run in sorted(Path("out").glob("*/ckpt.pt")))
-        raise SystemExit(f"There is no trained model at {path}. " + (
-            f"There is: {runs}" if runs else "Make one: python train.py config/demo.py"))
-    return file
+    file = path if path.is_file() else path / "ckpt.pt"
+    if file.is_file():
+        return file
+    if path.parts[:1] == ("roneneldan",):
+        raise SystemExit(f"Import the released model first: python -m study.hf {path.as_posix()}")
+    runs = [folder.parent.as_posix() for folder in sorted(Path("out").glob("*/ckpt.pt"))]
+    raise SystemExit(f"There is no trained model at {path}. " + (
+        f"Runs here: {', '.join(runs)}" if runs else "Train one: python train.py config/demo.py"))
 
 
-def load_run(path, device="auto", dtype=None):
-    """A run, as `find_run` knows it -> its GPT and its tokenizer. dtype: of the weights; None: what
-    the device multiplies fastest."""
-    file = find_run(path)
-    keep_memory()
-    device = best_device() if device == "auto" else device
-    if torch.device(device).type not in ("cpu", best_device()):
-        print(f"torch sees no {device.upper()} device; leave --device away", file=sys.stderr)
-        raise SystemExit(2)
-    try:
-        checkpoint = read_checkpoint(file, device)
-        model = GPT(GPTConfig(**checkpoint["model_config"]))
-        model.load_state_dict(checkpoint["model"])
-        if not all(p.isfinite().all() for p in model.parameters()):
-            raise ValueError("some of its weights are not finite: the training has failed")
-        model.to(device, dtype or best_dtype(torch.device(device).type))
-        tokenizer = prepare.load_tokenizer(file.parent)
-    except Exception as error:              # a damaged file can raise nearly anything
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise SystemExit(f"{file} cannot be read: {why}")
-    return model.eval(), tokenizer
+def load_run(path, device="auto", dtype=None, without=()):
+    """Load a trained run -> model, tokenizer, meta (its meta.json).
 
+    dtype: of the weights; None means the fastest on this device. without: (layer, head) pairs of
+    attention heads to switch off."""
+    path, device = find_run(path), find_device(device)
+    tune_malloc()
+    model, _ = load_model(path)
+    n_layer, n_head = model.config.n_layer, model.config.n_head
+    for layer, head in without:
+        if layer >= n_layer or head >= n_head:
+            raise SystemExit(f"--without {layer}.{head}: this model has layers 0-{n_layer - 1}, "
+                             f"each with heads 0-{n_head - 1}")
+        model.remove_head(layer, head)
+    model.to(device, dtype or best_dtype(device))
+    folder = path.parent
+    return model.eval(), prepare.load_tokenizer(folder), prepare.read_meta(folder)
+
+
+def results_folder(path):
+    """Where a study writes what it finds about a run: next to the checkpoint, or in out/ for the
+    model that ships with the repository."""
+    folder = find_run(path).parent
+    shipped = folder.resolve().parent == prepare.HERE / "data"
+    folder = Path("out", folder.resolve().name) if shipped else folder
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+# ---------------------------------------------------------------------------------- writing stories
 
 def encode_prompt(tokenizer, prompt, block_size):
-    """A story begins after the end mark of the one before it; so does a prompt."""
-    ids = [tokenizer.eot_token] + tokenizer.encode_ordinary(prompt)
+    """A story begins after the end mark of the one before it, and so does a prompt. A space at its
+    end is dropped: the model's tokens bring their own."""
+    ids = [tokenizer.eot_token] + tokenizer.encode_ordinary(prompt.rstrip(" "))
     if len(ids) > block_size:
-        print(f"The prompt has {len(ids)} tokens; the model, whose context is {block_size}, reads "
+        print(f"The prompt has {len(ids)} tokens; the model's context is {block_size}, so it reads "
               f"the last {block_size // 2}.", file=sys.stderr)
     return ids
 
 
-def write(model, tokenizer, prompt, **how):
-    """Print one story as it is written. A character may need several tokens: it waits for all."""
+def stream_text(model, tokenizer, prompt, max_new_tokens=400, temperature=0.8, top_k=0, top_p=1.0,
+                seed=0):
+    """Yield the continuation of one prompt, piece by piece. A character may need several tokens;
+    it is yielded when it is complete."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    print(prompt, end="", flush=True)
     ids = encode_prompt(tokenizer, prompt, model.config.block_size)
-    for [token] in model.stream([ids], stop=tokenizer.eot_token, **how):
-        if token != tokenizer.eot_token:
-            piece = tokenizer.decode_single_token_bytes(token)
-            print(decoder.decode(piece), end="", flush=True)
-    print(decoder.decode(b"", final=True))
+    stop = tokenizer.eot_token
+    for [token] in model.stream([ids], max_new_tokens, temperature, top_k, top_p, stop, seed):
+        if token != stop:
+            yield decoder.decode(tokenizer.decode_single_token_bytes(token))
+    yield decoder.decode(b"", final=True)
 
 
-def tell(model, tokenizer, prompts, **how):
-    """The continuation of each prompt, all written at once -> list of str."""
+def generate_texts(model, tokenizer, prompts, max_new_tokens=400, temperature=0.8, top_k=0,
+                   top_p=1.0, seed=0):
+    """The continuations of many prompts, generated together -> list of str."""
     ids = [encode_prompt(tokenizer, prompt, model.config.block_size) for prompt in prompts]
-    return [tokenizer.decode(row) for row in model.generate(ids, stop=tokenizer.eot_token, **how)]
+    try:
+        rows = model.generate(ids, max_new_tokens, temperature, top_k, top_p, tokenizer.eot_token,
+                              seed)
+    except NonFiniteLogits as error:
+        raise SystemExit(error)
+    return [tokenizer.decode(row) for row in rows]
+
+
+def print_stream(model, tokenizer, prompt, **sampling):
+    print(prepare.printable(prompt.rstrip(" ")), end="", flush=True)
+    try:
+        for piece in stream_text(model, tokenizer, prompt, **sampling):
+            print(prepare.printable(piece), end="", flush=True)
+    except NonFiniteLogits as error:
+        raise SystemExit(f"\n{error}")
+    print()
+
+
+def format_table(rows):
+    """Rows of cells, the first one the heading -> a table in Markdown."""
+    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    cells = [["<br>".join(str(cell).strip().splitlines()).replace("|", "\\|") for cell in row]
+             for row in rows]
+    return "\n".join("| " + " | ".join(map(prepare.printable, row)) + " |" for row in cells)
+
+
+# ------------------------------------------------------------------------------------ command line
+
+def layer_and_head(text):
+    layer, head = text.split(".")
+    return int(layer), int(head)
+
+
+layer_and_head.__name__ = "LAYER.HEAD"      # how argparse names the type in its error message
+
+
+def add_sampling_options(parser, temperature):
+    """The options that all commands share which load a run and sample from it."""
+    add = parser.add_argument
+    add("--temperature", type=float, default=temperature,
+        help="0: the most likely token; 1: the model's own distribution; default %(default)s")
+    add("--seed", type=int, default=0, help="the same seed gives the same text")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    add("--without", action="append", default=[], type=layer_and_head, metavar="LAYER.HEAD",
+        help="switch off an attention head (both count from 0); may be repeated")
+
+
+def parse_args(parser, argv=None):
+    """Parse and check the options of `add_sampling_options`."""
+    args = parser.parse_args(argv)
+    if not args.temperature >= 0:
+        parser.error("--temperature must not be negative")
+    if not 0 <= args.seed < 1 << 31:
+        parser.error("--seed must be between 0 and 2^31")
+    return args
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", help="folders of runs, checkpoint files, or "
-                        "models of the hub (roneneldan/TinyStories-33M)")
-    parser.add_argument("--prompt", action="append", help="how the story begins; "
-                        "-: ask me; more than one can be given (default: the model begins)")
-    parser.add_argument("--words", help="of a model that has learned from instructions: words that "
-                        "the story must hold")
-    parser.add_argument("--features", help="what it must have, of " + ", ".join(FEATURES))
-    parser.add_argument("--summary", help="what happens in it")
-    parser.add_argument("--sentence", help="a sentence that must stand in it")
-    parser.add_argument("-n", "--num_samples", type=int, default=1, help="stories for each prompt")
-    parser.add_argument("--max_new_tokens", type=int, default=400)
-    parser.add_argument("--temperature", type=float, default=0.8,
-                        help="0: the likeliest token; 1: as the model has learned; default 0.8")
-    parser.add_argument("--top_k", type=int, default=0,
-                        help="draw from the k likeliest tokens; 0: all")
-    parser.add_argument("--top_p", type=float, default=1.0,
-                        help="draw from the likeliest tokens that add up to p; 1: all")
-    parser.add_argument("--seed", type=int, default=0, help="the same command with the same seed "
-                        "tells the same stories")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    args = parser.parse_args(argv)
-    features, words = ([part.strip() for part in (text or "").split(",") if part.strip()]
-                       for text in (args.features, args.words))
-    asked = {"Features": ", ".join(features), "Words": ", ".join(words), "Summary": args.summary,
-             "Random sentence": args.sentence}
-    asked = {field: text for field, text in asked.items() if text}
-    prompts = args.prompt or [prepare.instructions(asked) if asked else ""]
-    if args.prompt and asked:
-        parser.error("a story begins with a --prompt or with instructions, not with both")
-    if unknown := {*features} - {*FEATURES}:
-        parser.error(f"--features does not know {unknown.pop()}; it knows {', '.join(FEATURES)}")
+    add = parser.add_argument
+    add("runs", nargs="+", help="folders of runs, or checkpoint files")
+    add("--prompt", action="append", help="how the story begins; may be repeated; - asks for it")
+    for field in FIELDS:
+        add("--" + field.lower().split()[-1], dest=field, metavar="TEXT",
+            help=f"an instruction, for models that were trained on them: {field}")
+    add("-n", "--num_samples", type=int, default=1, help="stories per prompt")
+    add("--max_new_tokens", type=int, default=400)
+    add("--top_k", type=int, default=0, help="sample from the k most likely tokens; 0: all")
+    add("--top_p", type=float, default=1.0, help="sample from the most likely tokens whose "
+        "probabilities sum to p; 1: all")
+    add_sampling_options(parser, temperature=0.8)
+    args = parse_args(parser, argv)
     if args.num_samples < 1 or args.max_new_tokens < 1:
-        parser.error("-n and --max_new_tokens must be 1 or more")
-    if not args.temperature >= 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
-        parser.error("--temperature and --top_k must not be negative; --top_p lies in (0, 1]")
-    if not 0 <= args.seed < 1e9:
-        parser.error("--seed must not be negative, nor beyond a billion")
+        parser.error("-n and --max_new_tokens must be at least 1")
+    if args.top_k < 0 or not 0 < args.top_p <= 1:
+        parser.error("--top_k must not be negative, and --top_p must be in (0, 1]")
+    instructions = {field: vars(args)[field] for field in FIELDS if vars(args)[field]}
+    if instructions and args.prompt:
+        parser.error("give either --prompt or instructions, not both")
+    prompts = args.prompt or [format_instructions(instructions) if instructions else ""]
     if "-" in prompts and (len(args.runs) > 1 or len(prompts) > 1):
-        parser.error("--prompt - talks with one model, and needs no other prompt")
-    prepare.command(answer, args, prompts)
+        parser.error("--prompt - works with one model and no other prompt")
 
-
-def answer(args, prompts):
-    """Let the runs tell what was asked for."""
-    how = {name: getattr(args, name) for name in
-           ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
-    loaded = [load_run(run, args.device) for run in args.runs]
+    sampling = {name: getattr(args, name) for name in
+                ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
+    runs = [load_run(run, args.device, without=args.without) for run in args.runs]
+    if instructions and not all(meta["instruct"] for _, _, meta in runs):
+        raise SystemExit("This model was not trained on instructions. Use --prompt, or train "
+                         "config/demo_instruct.py")
     rows = [prompt for prompt in prompts for _ in range(args.num_samples)]
-    if len(loaded) > 1:
-        columns = [tell(*one, rows, **how) for one in loaded]
-        head = ["prompt", *args.runs]
-        for cells in [head, ["---"] * len(head), *zip(rows, *columns)]:
-            lines = ("<br>".join(cell.strip().splitlines()) for cell in cells)
-            print("| " + " | ".join(line.replace("|", "\\|") for line in lines) + " |")
+    model, tokenizer, _ = runs[0]
+    if len(runs) > 1:
+        columns = [generate_texts(*run[:2], rows, **sampling) for run in runs]
+        print(format_table([["prompt", *args.runs], *zip(rows, *columns)]))
     elif prompts == ["-"]:
-        print("Begin a story, and the model goes on. An empty line ends.", file=sys.stderr)
-        while line := ask():
-            write(*loaded[0], line, **how)
-            how["seed"] += 1
+        print("Begin a story, and the model continues it. An empty line ends.", file=sys.stderr)
+        while line := read_line():
+            print_stream(model, tokenizer, line, **sampling)
+            sampling["seed"] += 1
     elif len(rows) == 1:
-        write(*loaded[0], prompts[0], **how)
+        print_stream(model, tokenizer, prompts[0], **sampling)
     else:
-        for prompt, story in zip(rows, tell(*loaded[0], rows, **how)):
-            print(prompt + story + "\n" + "-" * 40)
+        for prompt, story in zip(rows, generate_texts(model, tokenizer, rows, **sampling)):
+            print(prepare.printable(prompt.rstrip(" ") + story) + "\n" + "-" * 40)
 
 
-def ask():
-    """A line from the terminal, or of a file; "" at its end."""
+def read_line():
+    """A line from the terminal or a pipe; "" at its end."""
     return input("> ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
 
 

@@ -1,319 +1,252 @@
-"""How does a transformer learn to tell stories?
+"""How does a transformer learn?
 
     python train.py config/demo.py                              # on a laptop, in minutes
-    python train.py config/tiny_8l.py --learning_rate=1e-3      # each setting below can be changed
-    torchrun --standalone --nproc_per_node=4 train.py config/tiny_8l.py         # on several GPUs
+    python train.py config/tiny_8l.py --learning_rate=1e-3      # every setting can be overridden
+    torchrun --standalone --nproc_per_node=4 train.py config/tiny_8l.py         # several GPUs
 
-It writes out/<name of the config>/: ckpt.pt, the tokenizer, log.csv and loss.png. Ctrl-C at any
-time: the step is finished and saved, and the same command goes on.
+Writes out/<config>/: ckpt.pt, tokenizer, log.csv and loss.png. Stop it at any time (Ctrl-C); the
+same command continues exactly where it stopped.
 """
 
-import argparse
-import contextlib
-import csv
+import ast
 import difflib
 import functools
 import inspect
-import io
-import json
 import math
 import os
-import shutil
+import runpy
+import shlex
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 
-# Threads that wait for one another spin. Asleep instead (on Linux), they lose a twentieth of the
-# time on an idle machine, and win half of it on a busy one. Torch reads this when it is loaded.
+# Let idle OpenMP threads sleep: 5 % slower on an idle machine, twice as fast on a busy one.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from filelock import FileLock, Timeout
 
 import prepare
-from model import GPT, GPTConfig, best_device, best_dtype, keep_memory, read_checkpoint
+from model import GPT, GPTConfig, best_dtype, find_device, load_model, read_checkpoint, tune_malloc
+
+RANK = int(os.environ.get("RANK", 0))               # torchrun sets these for each process
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 @dataclass
-class Settings:
-    # what to learn from, and where to keep what was learned
-    dataset: str = "tinystories"    # a name under data/, or the path of a prepared folder
-    story_only: bool = False        # learn to write stories, but not the instructions before them
-    out_dir: str = ""               # default: out/<name of the config>
-    # the model (see model.py)
-    n_layer: int = 8
-    n_head: int = 4
-    n_embd: int = 256               # width
-    block_size: int = 512           # tokens of context
-    pos: str = "rope"               # rope, learned
-    norm: str = "rms"               # rms, layer
-    act: str = "relu2"              # relu2, gelu
-    qk_norm: bool = True
-    bias: bool = False
-    window: int = 0                 # tokens that every second layer looks back; 0: all
-    init: str = "zero"              # zero, copy, normal
-    value_residual: bool = True
-    dropout: float = 0.0
-    # the optimizer
-    optimizer: str = "muon"         # muon (for matrices, AdamW for the rest), adamw (for all)
-    learning_rate: float = 5e-3     # at its peak
-    schedule: str = "linear"        # after warm-up: constant, cosine, linear (flat, then falling)
+class Settings(GPTConfig):                  # the model's settings, and:
+    dataset: str = "tinystories"            # a name under data/, or the path of a prepared folder
+    out_dir: str = ""                       # default: out/<name of the config>
+    init_from: str = ""                     # start from the weights of another run
+    # optimization
+    optimizer: str = "muon"                 # muon (matrices; AdamW for the rest) or adamw
+    learning_rate: float = 5e-3             # at its peak
+    schedule: str = "linear"                # after warmup: constant, or linear cooldown to 0
     warmup_steps: int = 50
-    decay: float = 0.6              # linear: the share of the steps after warm-up in which it falls
-    final_lr: float = 0.0           # what cosine and linear fall to, as a share of the peak
-    momentum: float = 0.85          # of Muon
-    beta2: float = 0.99             # of AdamW: how slowly it forgets the size of gradients
-    weight_decay: float = 0.3       # of matrices
-    grad_clip: float = 1.0          # longest gradient that is followed in full; 0: any
-    batch_tokens: int = 65_536      # tokens of one step, over all GPUs
-    micro_batch: int = 0            # rows at a time: only a matter of memory; 0: all of them
+    cooldown_frac: float = 0.6              # linear: fraction of the steps in which the rate falls
+    momentum: float = 0.85                  # of Muon
+    beta2: float = 0.99                     # of AdamW
+    weight_decay: float = 0.3               # of matrices
+    grad_clip: float = 1.0                  # maximum gradient norm; 0 = off
+    total_batch_size: int = 65_536          # tokens per step, over all processes
+    micro_batch: int = 0                    # rows at a time: memory only; 0 = chosen automatically
     max_steps: int = 7_000
-    # looking at it
-    eval_interval: int = 500        # steps between two looks at the validation text; 0: at the end
-    eval_tokens: int = 163_840      # how much is read, as windows and as whole stories; 0: all
-    log_interval: int = 20          # steps between two lines
-    save_interval: int = 500        # steps between two checkpoints; 0: at the end
-    keep_checkpoints: bool = False  # keep the weights of each, as ckpt_<step>.pt
-    # the machine
+    # evaluation, logging, saving: every so many steps; 0 = only at the end
+    eval_interval: int = 250
+    eval_tokens: int = 16_384               # validation tokens read each time; 0 = all
+    final_eval_tokens: int = 163_840        # validation tokens read after the last step; 0 = all
+    log_interval: int = 20
+    save_interval: int = 500
+    keep_checkpoints: bool = False          # also keep the weights of each save, as ckpt_<step>.pt
+    # machine
     seed: int = 0
-    device: str = "auto"            # auto, cpu, cuda, mps
-    dtype: str = "auto"             # auto, bfloat16, float16, float32
-    compile: str = "auto"           # torch.compile: True, False, auto (on CUDA)
-    # a run that is already there
-    resume: bool = False            # go on though harmless settings have changed (not needed else)
-    overwrite: bool = False         # throw it away
+    device: str = "auto"                    # auto, cpu, cuda, mps
+    dtype: str = "auto"                     # auto, bfloat16, float16, float32
+    compile: str = "auto"                   # torch.compile: auto (on CUDA), True, False
+    overwrite: bool = False                 # delete the run that is in out_dir
+
+    options = GPTConfig.options | dict(
+        optimizer=("muon", "adamw"), schedule=("constant", "linear"),
+        compile=("auto", "True", "False"), device=("auto", "cpu", "cuda", "mps"),
+        dtype=("auto", "bfloat16", "float16", "float32"))
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.learning_rate < math.inf or self.max_steps < 1:
+            raise ValueError("learning_rate and max_steps must be positive")
+        if self.total_batch_size < 1 or self.total_batch_size % self.block_size:
+            raise ValueError(f"total_batch_size={self.total_batch_size} must be a multiple of "
+                             f"block_size={self.block_size}")
 
 
-CHOICES = {"optimizer": ("muon", "adamw"), "schedule": ("constant", "cosine", "linear"),
-           "device": ("auto", "cpu", "cuda", "mps"),
-           "dtype": ("auto", "bfloat16", "float16", "float32"),
-           "compile": ("auto", "True", "False")}
-BOUNDS = {"learning_rate": (1e-9, 1e9), "batch_tokens": (1, 1e9), "max_steps": (1, 1e9),
-          "log_interval": (1, 1e9), "decay": (0, 1), "final_lr": (0, 1), "momentum": (0, 0.9999),
-          "beta2": (0, 0.9999)}
-HARMLESS = {"eval_interval", "eval_tokens", "log_interval", "save_interval", "max_steps",
-            "keep_checkpoints", "micro_batch", "device", "dtype", "compile"}
+# These may differ when a run continues: they do not change the steps already made.
+MAY_CHANGE = {"max_steps", "eval_interval", "eval_tokens", "final_eval_tokens", "log_interval",
+              "save_interval", "keep_checkpoints", "overwrite", "out_dir", "micro_batch", "device",
+              "compile"}
+SAMPLE_STEPS = {25 * 2 ** i for i in range(12)}     # a sample of text at steps 25, 50, 100, ...
 
 
 # -------------------------------------------------------------------------------------- settings
 
-def boolean(text):
-    return ("False", "True").index(text) == 1           # ValueError: it is neither
+def usage_error(message):
+    print(f"train.py: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
-def nearest(word, words):
-    return difflib.get_close_matches(word, words, n=1, cutoff=0)[0]
+def read_config(path):
+    """The assignments of a config file. Imports and _names are helpers and left out."""
+    tree = ast.parse(Path(path).read_text(encoding="utf-8-sig"), path)
+    imported = {alias.asname or alias.name for node in ast.walk(tree)
+                if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+    return [(name, value) for name, value in runpy.run_path(path).items()
+            if name[0] != "_" and name not in imported]
 
 
-def load_config(argv):
-    """Settings from ["config/demo.py", "--key=value", ...]. What a config file sets becomes such
-    an option, so that one parser checks all; those that are given count more."""
-    parser = argparse.ArgumentParser(
-        usage="python train.py [CONFIG.py] [--name=value ...]", allow_abbrev=False,
-        description=__doc__ + "\n" + inspect.getsource(Settings),
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in fields(Settings):
-        parser.add_argument(f"--{field.name}", type=boolean if field.type is bool else field.type,
-                            choices=CHOICES.get(field.name), help=argparse.SUPPRESS)
-    options, name = [], "run"
-    for path in (Path(arg) for arg in argv if not arg.startswith("-")):
-        given, name = {}, path.stem
-        if not path.is_file():
-            known = [file.stem for file in (prepare.HERE / "config").glob("*.py")]
-            parser.error(f"there is no config file {path}: settings are --name=value, without "
-                         f"spaces; or did you mean config/{nearest(name, known)}.py?")
-        try:
-            exec(compile(path.read_text(encoding="utf-8-sig"), path, "exec"), given)
-        except Exception as error:
-            parser.error(f"{path}: {type(error).__name__}: {error}")
-        options += [f"--{key}={value}" for key, value in given.items()  # not what it imports
-                    if not (key[0] == "_" or inspect.ismodule(value) or callable(value))]
-    options += [arg for arg in argv if arg.startswith("-")]
-    settings, unknown = parser.parse_known_args(options, Settings())
-    if unknown:
-        parser.error(f"there is no setting {unknown[0]}; did you mean "
-                     f"--{nearest(unknown[0], vars(settings))}? -h lists them")
-    for key, value in vars(settings).items():
-        least, most = BOUNDS.get(key, (0, 1e9))
-        if isinstance(value, (int, float)) and not least <= value <= most:      # nan is not
-            parser.error(f"{key} is {value}; it must lie between {least} and {most:g}")
+def convert(value, kind):
+    """A value from a config file or the command line -> the setting's type. ValueError: wrong."""
+    if isinstance(value, str) and kind is bool:
+        value = {"true": True, "false": False}.get(value.lower(), value)
+    elif isinstance(value, str) or (kind is float and type(value) is int):
+        value = kind(value)
+    if type(value) is not kind:
+        raise ValueError
+    return value
+
+
+def load_settings(argv):
+    """Settings from ["config/demo.py", "--name=value", ...]; later ones win."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__, inspect.getsource(GPTConfig), inspect.getsource(Settings), sep="\n")
+        raise SystemExit
+    kinds, values = {f.name: f.type for f in fields(Settings)}, {}
+    if not argv:
+        usage_error("which config? For example: python train.py config/demo.py")
+    for arg in argv:
+        if arg.startswith("--") and "=" in arg:
+            assignments = [arg[2:].split("=", 1)]
+        elif arg.endswith(".py") and Path(arg).is_file():
+            assignments = [("out_dir", f"out/{Path(arg).stem}"), *read_config(arg)]
+        else:
+            usage_error(f"{arg}: no such config file (settings are written --name=value)")
+        for name, value in assignments:
+            if name not in kinds:
+                nearest = difflib.get_close_matches(name, kinds, n=1, cutoff=0)[0]
+                usage_error(f"{arg}: there is no setting {name!r}; did you mean {nearest!r}?")
+            try:
+                values[name] = convert(value, kinds[name])
+            except ValueError:
+                usage_error(f"{arg}: {name} must be of type {kinds[name].__name__}, "
+                            f"not {value!r}")
+    values["out_dir"] = os.path.expanduser(values.get("out_dir", "out/run"))
     try:
-        model_config(settings, vocab_size=1)            # are its sizes possible?
-        deal(settings, int(os.environ.get("WORLD_SIZE", 1)))
+        return Settings(**values)
     except ValueError as error:
-        parser.error(str(error))
-    settings.out_dir = settings.out_dir or f"out/{name}"
-    return settings
-
-
-def model_config(settings, vocab_size):
-    names = {field.name for field in fields(GPTConfig)} - {"vocab_size"}
-    return GPTConfig(vocab_size, **{name: getattr(settings, name) for name in names})
-
-
-def deal(settings, world):
-    """The rows of a step (of all ranks), and how many a rank takes at a time."""
-    rows, rest = divmod(settings.batch_tokens, settings.block_size)
-    micro = min(settings.micro_batch or rows, max(rows // world, 1))
-    if rest or rows % (world * max(micro, 1)):
-        raise ValueError(f"batch_tokens {settings.batch_tokens} cannot be dealt to {world} "
-                         f"process(es) in micro-batches of {micro} x {settings.block_size} tokens")
-    return rows, micro
+        usage_error(error)
 
 
 # ------------------------------------------------------------------------------------------ data
 
-def find_data(dataset):
-    """The folder of a data set and its meta.json; the ones that we know are prepared if missing."""
-    known = dataset in prepare.SAMPLES or dataset in prepare.SOURCES
-    named = prepare.HERE / "data" / dataset         # a path that is absolute stays what it is
-    folder = named if named.is_dir() or not Path(dataset).is_dir() else Path(dataset)
+def load_dataset(name):
+    """The folder and meta.json of a prepared data set. The ones that prepare.py knows are
+    downloaded and prepared if they are missing."""
+    folder = Path(name) if Path(name).is_dir() else prepare.HERE / "data" / name
     if not (folder / "meta.json").is_file():
-        if not known:
-            raise SystemExit(f"There is no prepared data set {dataset!r}. Make it: "
-                             f"python prepare.py {dataset} --input STORIES.txt")
-        print(f"Preparing {dataset} first (python prepare.py {dataset}):")
-        prepare.main([dataset])
-    anew = f"Make it anew: python prepare.py {dataset} --force" + " --input FILE" * (not known)
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        sizes = {split: 2 * meta[split]["tokens"] for split in ("train", "val")}
-        entries = meta["vocab_size"], prepare.load_tokenizer(folder).n_vocab
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SystemExit(f"{folder} is damaged ({type(error).__name__}: {error}). {anew}")
-    for split, size in sizes.items():
-        path = folder / f"{split}.bin"
-        if not path.is_file() or path.stat().st_size != size or not size:
-            raise SystemExit(f"{path} does not hold the {size:,} bytes that its meta.json names. "
-                             + anew)
-        largest = int(np.memmap(path, np.uint16, "r").max())
-        if largest >= min(entries):
-            raise SystemExit(f"{path} holds the id {largest}, but the vocabulary of its meta.json "
-                             f"has {entries[0]} entries, and its tokenizer {entries[1]}. {anew}")
+        if name not in prepare.SAMPLES and name not in prepare.SOURCES:
+            raise SystemExit(f"There is no data set {name!r}. Prepare it first: "
+                             f"python prepare.py {shlex.quote(name)} --input STORIES.txt")
+        print(f"Preparing {name} first (python prepare.py {name}):", flush=True)
+        prepare.main([name])
+    meta = prepare.verify_dataset(folder)
+    if prepare.grammar_changed(meta):
+        print0(f"data/grammar.txt has changed since {folder} was generated from it. To generate it "
+               f"again: python prepare.py {name} --force")
     return folder, meta
 
 
-@functools.lru_cache(maxsize=4)
-def epoch_order(windows, block_size, seed, epoch):
-    """How one epoch reads the stream: where its first window begins, and the order of windows."""
+@functools.lru_cache(maxsize=2)
+def epoch_order(n_windows, block_size, seed, epoch):
+    """Where the first window of an epoch starts, and the order of its windows."""
     rng = np.random.default_rng((seed, epoch))
-    return int(rng.integers(block_size)), rng.permutation(windows)
+    return int(rng.integers(block_size)), rng.permutation(n_windows)
 
 
-def targets(ids, eot, mark):
-    """The token that follows each of ids (N,), but -1 where it is not part of a story -> (N - 1,).
-    A story begins after the ids `mark` and ends with the id `eot`; without a mark, all is story."""
-    if not mark:
-        return ids[1:]
-    place = np.arange(len(ids) - 1)                     # of the last mark, and of the last end
-    marked = np.all([ids[i:len(ids) - len(mark) + i] == token for i, token in enumerate(mark)], 0)
-    marked = np.pad(marked, (len(mark) - 1, 0))         # where a mark is complete
-    began, ended = (np.maximum.accumulate(np.where(here, place, -1))
-                    for here in (marked, ids[:-1] == eot))
-    return np.where(began > ended, ids[1:], -1)
+def get_batch(file, block_size, rows, seed):
+    """The windows of the token file numbered `rows`, counted from the start of training
+    -> x, y (len(rows), block_size) int64; y is x shifted by one token.
+
+    Each epoch shuffles the windows and shifts their borders; within an epoch, each token is a
+    target once. A pure function: resuming a run needs no loader state."""
+    data = np.memmap(file, dtype=np.uint16, mode="r")
+    n_windows = len(data) // block_size - 1
+    windows = []
+    for row in rows:
+        epoch, i = divmod(row, n_windows)
+        offset, order = epoch_order(n_windows, block_size, seed, epoch)
+        start = offset + int(order[i]) * block_size
+        windows.append(data[start:start + block_size + 1].astype(np.int64))
+    batch = torch.from_numpy(np.stack(windows))                     # (rows, block_size + 1)
+    return batch[:, :-1], batch[:, 1:]
 
 
-def get_batch(file, block_size, rows, seed, eot=0, mark=()):
-    """The windows of the token stream that have the numbers `rows`, counted from the start of
-    training -> x, y (len(rows), block_size) int64; y is x one token later (see `targets`). An epoch
-    shuffles the windows and moves their edges; within it each token is a target once, but for up to
-    two windows at the ends. A function of its arguments alone: a resumed run needs nothing else."""
-    data = np.memmap(file, dtype=np.uint16, mode="r")   # anew: the pages before are let go again
-    windows = len(data) // block_size - 1
-    x, y = np.empty((2, len(rows), block_size), dtype=np.int64)
-    for i, row in enumerate(rows):
-        offset, order = epoch_order(windows, block_size, seed, row // windows)
-        start = offset + int(order[row % windows]) * block_size
-        back = min(start, block_size) if mark else 0    # what began before the window?
-        ids = data[start - back:start + block_size + 1].astype(np.int64)
-        x[i], y[i] = ids[back:-1], targets(ids, eot, mark)[back:]
-    return torch.from_numpy(x), torch.from_numpy(y)
-
-
-def validation(path, meta, block_size, eval_tokens, rows, mark=()):
-    """Two views of the same validation text, each a list of batches x, y of at most `rows` rows:
-    windows of the stream, which can be compared with other runs; and whole stories, each read
-    from its own beginning (cut at block_size), as it is when one is told."""
-    data = np.fromfile(path, dtype=np.uint16)[:eval_tokens + 1 if eval_tokens else None]
-    data, eot = data.astype(np.int64), meta["eot"]
+def validation_batches(file, eot, block_size, eval_tokens, rows=16):
+    """Two views of the same validation text, as lists of batches x, y: windows of the token stream
+    (comparable between runs), and whole stories, each read from its own beginning (cut at
+    block_size)."""
+    data = np.fromfile(file, dtype=np.uint16).astype(np.int64)
+    data = data[:eval_tokens + 1] if eval_tokens else data
     n = (len(data) - 1) // block_size * block_size
     if n <= 0:
-        raise SystemExit(f"{path}: {len(data)} tokens of it are read, and a window takes "
-                         f"{block_size + 1}. Give prepare.py more text with --valid, or lower "
-                         "--block_size, or raise --eval_tokens.")
-    x, y = (torch.from_numpy(ids[:n]).view(-1, block_size)
-            for ids in (data, targets(data, eot, mark)))
+        raise SystemExit(f"{file}: {len(data)} tokens are fewer than one window of block_size="
+                         f"{block_size}. Use more text, or a smaller --block_size.")
+    x, y = (torch.from_numpy(data[i:i + n]).view(-1, block_size) for i in (0, 1))
     windows = list(zip(x.split(rows), y.split(rows)))
-    stories = np.split(data, np.flatnonzero(data == eot) + 1)[:-1]
-    stories = [np.append(eot, story)[:block_size + 1] for story in stories]
-    stories.sort(key=len)                           # like lengths together: little padding
+
+    stories = np.split(data, np.flatnonzero(data == eot) + 1)               # each ends with eot
+    stories = [np.append(eot, story)[:block_size + 1] for story in stories if len(story)]
+    stories.sort(key=len)                               # similar lengths together: little padding
     whole = []
     for i in range(0, len(stories), rows):
-        pairs = [(story[:-1], targets(story, eot, mark)) for story in stories[i:i + rows]]
-        x, y = (nn.utils.rnn.pad_sequence([*map(torch.from_numpy, column)], batch_first=True,
-                                          padding_value=-1) for column in zip(*pairs))
-        whole.append((x.clamp(min=0), y))
+        batch = [torch.from_numpy(story) for story in stories[i:i + rows]]
+        batch = nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=-1)
+        whole.append((batch[:, :-1].clamp(min=0), batch[:, 1:]))
     return windows, whole
 
 
 def bits_per_byte(batches, tokenizer):
-    """What turns nats per token of these batches of x, y into bits per byte of their text."""
-    asked = torch.cat([y[y >= 0] for _, y in batches]).tolist()
-    text = sum(len(tokenizer.decode_single_token_bytes(i)) for i in asked
-               if i != tokenizer.eot_token)
-    return len(asked) / max(text, 1) / math.log(2)
+    """The factor from nats per token of these batches to bits per byte of their text."""
+    ids = torch.cat([y[y >= 0] for _, y in batches]).tolist()
+    n_bytes = sum(len(tokenizer.decode_single_token_bytes(i)) for i in ids
+                  if i != tokenizer.eot_token)
+    return len(ids) / max(n_bytes, 1) / math.log(2)
 
 
 @torch.no_grad()
 def evaluate(model, batches, device, autocast):
-    """Mean loss in nats per token over batches of x, y."""
+    """Mean loss in nats per token."""
     model.eval()
     total, count = 0.0, 0
     for x, y in batches:
-        with autocast():
-            loss = model(x.to(device), y.to(device))[1]
+        with autocast:
+            _, loss = model(x.to(device), y.to(device))
         n = int((y >= 0).sum())
-        total, count = total + (loss.item() * n if n else 0.0), count + n
+        total, count = total + loss.item() * n, count + n
     model.train()
-    return total / count if count else math.nan
+    return total / count
 
 
-# --------------------------------------------------------------------------------------- machine
-
-def choose_device(settings, local_rank):
-    name = best_device() if settings.device == "auto" else settings.device
-    device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
-    try:
-        torch.ones(1, device=device).add_(1)
-    except (RuntimeError, AssertionError) as error:     # there is none, or torch is not made for it
-        raise SystemExit(f"{device} cannot be used with torch {torch.__version__} ("
-                         f"{str(error).splitlines()[0][:120]}). Use --device=cpu, or install the "
-                         "torch build that fits your GPU and driver (pytorch.org).")
-    if name == "cuda":
-        torch.cuda.set_device(device)
-    return device
-
-
-def can_compile(device):
-    """Whether torch.compile works here. It needs a C++ compiler, and Triton on a GPU."""
-    try:
-        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
-        return True
-    except Exception as error:                          # each part of it fails in its own way
-        print(f"torch.compile does not work here ({type(error).__name__}); going on without it. "
-              "--compile=False says so from the start.", file=sys.stderr)
-        return False
-
+# ------------------------------------------------------------------------------------- optimizers
 
 def orthogonalize(x):
-    """Matrices (n, rows, columns) -> their nearest with all singular values about one, by five
-    steps of Newton and Schulz's iteration with the coefficients of Keller Jordan's Muon."""
+    """Matrices (n, rows, columns) -> nearest matrices with all singular values near 1, by five
+    Newton-Schulz steps with the coefficients of Keller Jordan's Muon."""
     tall = x.size(-2) > x.size(-1)
-    x = x.to(best_dtype(x.device.type))     # bfloat16 is exact enough, where it is not slower
+    x = x.to(best_dtype(x.device.type))
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
@@ -324,381 +257,452 @@ def orthogonalize(x):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update moves all directions of a matrix alike (Keller Jordan 2024; scaled so
-    that AdamW's learning rate fits, arXiv 2502.16982). A parameter of three axes is a stack of
-    matrices; all of one shape are worked on at once."""
+    """Momentum with orthogonalized updates (Keller Jordan 2024; scaled so that AdamW's learning
+    rate fits, arXiv 2502.16982). Parameters with three axes are stacks of matrices; all matrices of
+    one shape are processed together."""
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            shapes = {}
+            by_shape = {}
             for p in group["params"]:
-                shapes.setdefault(p.shape, []).append(p)
-            for shape, params in shapes.items():
+                by_shape.setdefault(p.shape, []).append(p)
+            for shape, params in by_shape.items():
                 updates = []
                 for p in params:
-                    if p not in self.state:
-                        self.state[p]["momentum"] = torch.zeros_like(p)
-                    momentum = self.state[p]["momentum"]
+                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                     momentum.lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(momentum, group["momentum"]))    # Nesterov's
+                    updates.append(p.grad.lerp(momentum, group["momentum"]))    # Nesterov
                 updates = orthogonalize(torch.stack(updates).view(-1, *shape[-2:]))
-                size = group["lr"] * 0.2 * math.sqrt(max(shape[-2:]))
+                scale = group["lr"] * 0.2 * math.sqrt(max(shape[-2:]))
                 for p, update in zip(params, updates.view(-1, *shape)):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-size)
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-scale)
 
 
 def make_optimizers(model, settings, device):
-    """Muon for the matrices of the blocks, AdamW for vectors and embeddings; or AdamW for all."""
+    """Muon for the matrices of the blocks and AdamW for the rest, or AdamW for everything."""
     matrices = [p for p in model.blocks.parameters() if p.ndim >= 2]
-    held = {id(p) for p in matrices}
-    groups = [{"params": [p for p in model.parameters() if id(p) not in held], "weight_decay": 0.0}]
+    is_matrix = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in is_matrix]
+    groups = [{"params": others, "weight_decay": 0.0}]
     decayed = {"params": matrices, "weight_decay": settings.weight_decay}
     if settings.optimizer == "adamw":
         groups.append(decayed)
-    optimizers = [torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, settings.beta2),
-                                    fused=device.type == "cuda")]
-    if settings.optimizer == "muon":
-        optimizers.append(Muon([decayed], dict(lr=settings.learning_rate,
-                                               momentum=settings.momentum)))
-    return optimizers
+    adamw = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, settings.beta2),
+                              fused=device.type == "cuda")
+    if settings.optimizer == "adamw":
+        return [adamw]
+    return [adamw, Muon([decayed], dict(lr=settings.learning_rate, momentum=settings.momentum))]
 
 
-def lr_share(settings, step):
-    """The learning rate of a step (0, 1, ...) as a share of its peak."""
+def lr_multiplier(settings, step):
+    """Learning rate of a step as a fraction of the peak: linear warmup, flat, linear cooldown."""
     if step < settings.warmup_steps:
         return (step + 1) / settings.warmup_steps
     if settings.schedule == "constant":
         return 1.0
     left = (settings.max_steps - step) / max(settings.max_steps - settings.warmup_steps, 1)
-    share = {"cosine": 0.5 - 0.5 * math.cos(math.pi * left),
-             "linear": min(1.0, left / settings.decay if settings.decay else 1.0)}
-    return settings.final_lr + (1 - settings.final_lr) * share[settings.schedule]
+    return min(1.0, left / max(settings.cooldown_frac, 1e-9))
 
 
-# ---------------------------------------------------------------------------------- what is kept
+# ---------------------------------------------------------------------------- checkpoints and logs
 
-def keep(path, write):
-    """Write a file of a run -> whether it could be written (whole, or not at all): a full disk does
-    not stop the training, which tries again the next time."""
+@dataclass
+class Run:
+    """The state of a run. A checkpoint holds all of it."""
+    model: GPT
+    optimizers: list
+    scaler: torch.amp.GradScaler
+    step: int = 0
+    seconds: float = 0.0                            # training time, without evaluation
+    loss_sum: float = 0.0                           # since the last line of the log
+    loss_steps: int = 0
+    micro_batch: int = 0
+    log: list = field(default_factory=list)         # one dict per line of log.csv
+
+
+COUNTERS = ("step", "seconds", "loss_sum", "loss_steps", "micro_batch", "log")
+
+
+def save_checkpoint(settings, run, meta):
+    """Write ckpt.pt, completely or not at all -> True if it worked (else the next save retries)."""
+    folder = Path(settings.out_dir)
+    weights = {"model": run.model.state_dict(), "model_config": asdict(run.model.config),
+               "settings": asdict(settings), "meta": meta, "step": run.step}
+    training = {"optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
+                "scaler": run.scaler.state_dict(),
+                "counters": {name: getattr(run, name) for name in COUNTERS}}
     try:
-        with prepare.whole(path) as file:
-            write(file)
+        with prepare.atomic_write(folder / "ckpt.pt") as file:
+            torch.save(weights | training, file)
+        if settings.keep_checkpoints:
+            with prepare.atomic_write(folder / f"ckpt_{run.step:06}.pt") as file:
+                torch.save(weights, file)
         return True
-    except (OSError, RuntimeError) as error:        # torch words a full disk as a RuntimeError
-        write(copy := io.BytesIO())
-        size, free = copy.tell() / 1e6, shutil.disk_usage(path.parent).free / 1e6
-        why = error if free > size else f"it takes {size:,.1f} MB, and {free:,.1f} MB are free"
-        print(f"Could not write {path}: {why}. What was there before stays; the next time it is "
-              "tried again.", file=sys.stderr)
+    except (OSError, RuntimeError) as error:        # torch reports a full disk as a RuntimeError
+        print0(f"Could not save {folder}/ckpt.pt: {error}. The previous one is kept.", sys.stderr)
         return False
 
 
-COLUMNS = ["step", "tokens", "seconds", "train_loss", "val_loss", "val_bpb", "lr", "grad_norm",
-           "tokens_per_s"]
+def load_checkpoint(settings, run, meta):
+    """Continue the run in out_dir, if there is one, exactly where it stopped."""
+    path = Path(settings.out_dir, "ckpt.pt")
+    if settings.overwrite or not path.exists():
+        return
+    choose = "Choose another --out_dir, or delete that run with --overwrite=True."
+    try:
+        checkpoint = read_checkpoint(path)
+        old, states, counters = (checkpoint[key] for key in ("settings", "optimizers", "counters"))
+        if set(counters) != set(COUNTERS) or not 0 < counters["step"] < math.inf:
+            raise ValueError("its counters are invalid")
+    except (ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"Cannot continue {path}: {error!r}. {choose}")
+    new = asdict(settings)
+    differ = [f"{name}={old.get(name)} there, {new[name]} here" for name in new
+              if old.get(name) != new[name] and name not in MAY_CHANGE]
+    if checkpoint["meta"] != meta:
+        differ.append("another version of the data set")
+    if len(states) != len(run.optimizers) or not all(state["state"] for state in states):
+        differ.append("no state of the optimizer there")
+    if differ:
+        raise SystemExit(f"{path} belongs to a different run: {'; '.join(differ)}. {choose}")
+    run.model.load_weights(checkpoint["model"], path)
+    for optimizer, state in zip(run.optimizers, states):
+        optimizer.load_state_dict(state)
+    run.scaler.load_state_dict(checkpoint["scaler"])
+    for name, value in counters.items():
+        setattr(run, name, value)
 
 
-def write_log(path, log):
-    rows = [COLUMNS, *([row.get(column, "") for column in COLUMNS] for row in log)]
-    text = "".join(",".join(map(str, row)) + "\n" for row in rows)
-    keep(path, lambda file: file.write(text.encode()))
+def load_initial_weights(model, settings, tokenizer):
+    """--init_from: start from the weights of another run of the same shape and tokenizer."""
+    path = Path(os.path.expanduser(settings.init_from))
+    path = path / "ckpt.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise SystemExit(f"--init_from={settings.init_from}: there is no {path}")
+    other, _ = load_model(path)
+    differ = [f"{name}={value} there, {getattr(model.config, name)} here"
+              for name, value in asdict(other.config).items()
+              if value != getattr(model.config, name) and name != "init"]
+    if prepare.load_tokenizer(path.parent)._mergeable_ranks != tokenizer._mergeable_ranks:
+        differ.append("another tokenizer (python prepare.py NAME --input FILE --tokenizer "
+                      f"{shlex.quote(settings.init_from)})")
+    if differ:
+        raise SystemExit(f"--init_from={settings.init_from} does not fit: {'; '.join(differ)}")
+    model.load_state_dict(other.state_dict())
 
 
-def read_log(path):
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        rows = list(reader)
-    if reader.fieldnames != COLUMNS:
-        raise SystemExit(f"{path} is not as train.py wrote it (has a spreadsheet saved it?). The "
-                         "training's own command writes it anew.")
-    return rows
+def write_log(folder, log, entropy_floor=None):
+    """Write log.csv, and draw it as loss.png."""
+    try:
+        columns = list(dict.fromkeys(name for row in log for name in row))
+        lines = [columns] + [[row.get(name, "") for name in columns] for row in log]
+        prepare.write_text(folder / "log.csv",
+                           "".join(",".join(map(str, line)) + "\n" for line in lines))
+        plot_loss(folder, log, entropy_floor)
+    except Exception as error:                      # neither is worth stopping a training run
+        print0(f"Could not write log.csv or loss.png: {error!r}", sys.stderr)
 
 
-def draw_loss(folder, log, bound=None):
-    """The log as loss.png, with the entropy of the grammar where we know it."""
-    from matplotlib.figure import Figure        # pyplot would look for a screen
+def plot_loss(folder, log, entropy_floor=None):
+    from matplotlib.figure import Figure
     figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for column, style in (("train_loss", "-"), ("val_loss", "o-")):
-        points = [(row["tokens"], row[column]) for row in log if column in row]
+    ax = figure.subplots()
+    curves = {"train_loss": "training", "val_loss": "validation", "story_loss": "whole stories"}
+    for column, label in curves.items():
+        points = [(row["tokens"] / 1e6, row[column]) for row in log if column in row]
         if points:
-            axes.plot(*zip(*points), style, label=column.replace("_", " "), markersize=4)
-    if bound:
-        axes.axhline(bound, color="gray", linestyle=":",
-                     label="the grammar's own entropy (whole stories)")
-    axes.set(xlabel="tokens", ylabel="nats per token", yscale="log", title=folder.name)
-    axes.yaxis.set_major_formatter("{x:.3g}")
-    axes.yaxis.set_minor_formatter("{x:.3g}")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    keep(folder / "loss.png", lambda file: figure.savefig(file, dpi=120))
+            ax.plot(*zip(*points), ".-", label=label)
+    if entropy_floor:
+        ax.axhline(entropy_floor, color="gray", ls=":", label="entropy of the grammar")
+    ax.set(xlabel="million tokens", ylabel="loss (nats per token)", yscale="log",
+           title=f"{folder.name}: what the model has learned".replace("$", r"\$"))
+    ax.yaxis.set_major_formatter("{x:.3g}")
+    ax.yaxis.set_minor_formatter("{x:.3g}")
+    ax.grid(alpha=0.3, which="both")
+    ax.legend()
+    prepare.save_figure(folder / "loss.png", figure)
 
 
-def checkpoints(folder):
-    return [*folder.glob("ckpt.pt"), *folder.glob("ckpt_[0-9]*.pt")]
-
-
-def take_up(settings, meta, model, optimizers, scaler):
-    """Go on with the run that is in out_dir, if there is one -> its step, seconds, log, and loss
-    since the last log line: sum and steps."""
-    folder = Path(settings.out_dir)
-    if settings.overwrite or not checkpoints(folder):
-        return 0, 0.0, [], torch.zeros(()), 0
-    other = "Choose another --out_dir, or throw that run away with --overwrite=True."
+def print0(text, file=None):
+    """Print on the first process. A full disk or a closed terminal must not stop a training run."""
     try:
-        checkpoint = read_checkpoint(folder / "ckpt.pt")
-        checkpoint["log"]           # an earlier train.py had none: nothing can go on from there
-        old, new = checkpoint["settings"], asdict(settings)
-        differ = {key: f"{key} ({old.get(key)} there, {new[key]} here)" for key in new
-                  if old.get(key) != new[key] and key not in ("resume", "overwrite", "out_dir")}
-        if differ and not (settings.resume and HARMLESS.issuperset(differ)):
-            shown = ", ".join([*differ.values()][:4]) + " and more" * (len(differ) > 4)
-            raise SystemExit(f"{folder} holds a run with other settings: {shown}. "
-                             + "Go on with these by --resume=True. " * HARMLESS.issuperset(differ)
-                             + other)
-        if checkpoint["meta"] != meta:
-            raise SystemExit(f"{folder} has learned from another version of {settings.dataset}. "
-                             + other)
-        model.load_state_dict(checkpoint["model"])
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-            optimizer.load_state_dict(state)
-        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())
-        return tuple(checkpoint[key] for key in ("step", "seconds", "log", "loss_sum",
-                                                 "loss_steps"))
-    except Exception as error:      # a damaged file can raise nearly anything, another model.py too
-        why = " ".join(str(error).split())[:120]
-        raise SystemExit(f"{folder / 'ckpt.pt'} cannot be continued ({type(error).__name__}: "
-                         f"{why}). {other}")
+        if RANK == 0:
+            print(text, file=file, flush=True)
+    except (OSError, ValueError):
+        sys.stdout = sys.stderr = None              # Python then ignores all further prints
 
 
-# ------------------------------------------------------------------------------------------ main
+# ---------------------------------------------------------------------------- machine and processes
 
-@contextlib.contextmanager
-def signals_kept():
-    """While it lasts, SIGINT and SIGTERM only go into the list that it gives; a second one ends."""
-    signals = []
-
-    def on_signal(number, frame):
-        if signals:
-            os._exit(128 + number)
-        signals.append(number)
-        if os.environ.get("RANK", "0") == "0":
-            print("\nFinishing this step, then saving (once more to leave at once) ...", flush=True)
-
-    both = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, on_signal) for number in both]
-    try:
-        yield signals
-    finally:
-        for number, handler in zip(both, before):
-            signal.signal(number, handler)
+def setup_device(settings):
+    """-> this process's device, number format and autocast context; under torchrun, join the other
+    processes."""
+    name = find_device(settings.device)
+    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+    if name == "cuda":
+        torch.cuda.set_device(device)
+    if WORLD_SIZE > 1:                              # the others wait while one downloads the data
+        dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=4))
+    dtype = best_dtype(name) if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    autocast = torch.autocast(name, dtype) if dtype != torch.float32 else nullcontext()
+    return device, dtype, autocast
 
 
-def train(settings):
-    """One run, from where it stands to its end, or to a signal."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = choose_device(settings, int(os.environ.get("LOCAL_RANK", 0)))
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(hours=4))
-    if rank == 0:
-        find_data(settings.dataset)                     # the others wait until it is there
-    if world > 1:
-        dist.barrier()
-    with signals_kept() as signals:
-        learn(settings, rank, world, device, signals)
-
-
-def learn(settings, rank, world, device, signals):
-    """Train, on data that is there."""
-    folder, T = Path(settings.out_dir), settings.block_size
-    say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
-    data, meta = find_data(settings.dataset)
-    if meta["train"]["tokens"] < 2 * T:
-        raise SystemExit(f"{data} has {meta['train']['tokens']} tokens to learn from; a block_size "
-                         f"of {T} needs {2 * T} at least.")
-    rows, micro = deal(settings, world)
-    mark = meta.get("story_mark", (-1,)) if settings.story_only else ()
-    windows, stories = validation(data / "val.bin", meta, T, settings.eval_tokens, min(micro, 16),
-                                  mark)
-    if not any((y >= 0).any() for _, y in windows):
-        raise SystemExit(f"{data} has no instructions (no line begins with Story:), so story_only "
-                         "has nothing to count.")
-    file = open(data / "train.bin", "rb")       # kept open: another one in its place is not read
-    tokenizer = prepare.load_tokenizer(data)
-    bits = bits_per_byte(windows, tokenizer)
-    uncut = all((y == meta["eot"]).any(dim=1).all() for _, y in stories)
-    bound = meta.get("entropy_bound", {}).get("nats_per_token") \
-        if uncut and not settings.story_only else None
-
-    keep_memory()
-    dtype = best_dtype(device.type) if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    autocast = functools.partial(torch.autocast, device.type, dtype, dtype != torch.float32)
-    torch.set_float32_matmul_precision("high")          # what stays float32 may use TF32
-    torch.manual_seed(settings.seed)
-    model = GPT(model_config(settings, meta["vocab_size"])).to(device)
-    optimizers = make_optimizers(model, settings, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    step, seconds, log, loss_sum, loss_steps = take_up(settings, meta, model, optimizers, scaler)
-    loss_sum = loss_sum.to(device)
-    if world > 1 and largest(step, device) != step:
-        raise SystemExit(f"{folder} is at step {step} here, and further on another machine: let "
-                         "them share the folder, or copy it.")
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in checkpoints(folder) if settings.overwrite else ():
-            old.unlink()
-        write_log(folder / "log.csv", log)
-        for name in ("tokenizer.tiktoken", "meta.json"):
-            prepare.write_text(folder / name, (data / name).read_text(encoding="utf-8"))
-    wanted = settings.compile == "True" or settings.compile == "auto" and device.type == "cuda"
-    compiled = wanted and step < settings.max_steps and can_compile(device)
-    loss_of = torch.compile(model.loss, dynamic=False) if compiled else model.loss
-
-    tokens_per_step, flops = rows * T, model.flops_per_token()
-    say(f"{folder}: {model.count_parameters():,} parameters ({model.count_parameters(False):,} "
-        f"without embeddings), {settings.max_steps * tokens_per_step:,} tokens = "
-        f"{settings.max_steps * tokens_per_step / meta['train']['tokens']:.2f} epochs; "
-        f"{device.type}, {str(dtype)[6:]}{', compiled' if compiled else ''}"
-        + (f"; going on from step {step:,}" if step else ""))
-    say(f"twenty tokens a parameter (arXiv 2203.15556): {20 * model.count_parameters():,} tokens; "
-        f"this data's {meta['train']['tokens']:,} feed a model of "
-        f"{meta['train']['tokens'] // 20:,} parameters")
-    if settings.dataset in prepare.SAMPLES and meta.get("text") != prepare.sample_text():
-        say(f"data/grammar.txt has changed since {data} was told by it. To tell it anew: "
-            f"python prepare.py {settings.dataset} --force")
-    if twins := meta.get("counts", {}).get("kept: also in validation"):
-        say(f"{twins:,} stories of the training text stand in validation, too: its loss flatters.")
-
-    clock, clock_step, saved, stop = time.time(), step, True, 0
-    while step < settings.max_steps and not stop:
-        # -------------------------------------------------------------------------------- one step
-        torch.manual_seed(settings.seed + 1 + step * world + rank)      # what dropout draws
-        lr = settings.learning_rate * lr_share(settings, step)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-        batch = get_batch(file, T, range(step * rows, (step + 1) * rows), settings.seed,
-                          meta["eot"], mark)                            # of all ranks
-        asked = int((batch[1] >= 0).sum())
-        for i in range(rank * rows // world, (rank + 1) * rows // world, micro):
-            x, y = (ids[i:i + micro] for ids in batch)
-            share = world * int((y >= 0).sum()) / max(asked, 1)
-            if device.type == "cuda":
-                x, y = x.pin_memory(), y.pin_memory()
-            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-            with autocast():
-                loss = loss_of(x, y) * share
-            scaler.scale(loss).backward()
-            loss_sum += loss.detach()
-        if world > 1:
-            average_gradients(model, world)
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
-        for optimizer in optimizers:
-            scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
-        scaler.update()
-        step, loss_steps = step + 1, loss_steps + 1
-
-        # ------------------------------------------------- between two steps: look, save, or stop
-        last = step == settings.max_steps
-        due_log, due_eval, due_save = (last or every > 0 and step % every == 0 for every in (
-            settings.log_interval, settings.eval_interval, settings.save_interval))
-        stop = signals[0] if signals else 0
-        if world > 1:                                   # all stop after the same step
-            stop = largest(stop, device) if due_log else 0
-        if not (due_log or due_eval or due_save or stop):
-            continue
-        if world > 1:
-            dist.all_reduce(loss_sum)
-            loss_sum /= world
-        loss = loss_sum.item() / loss_steps             # reading it waits for the device
-        # where a scaler is at work, steps with infinite gradients are skipped
-        if not math.isfinite(loss + (0.0 if scaler.is_enabled() else float(norm))):
-            raise SystemExit(f"The loss is {loss} at step {step} (learning rate {lr:.2e}, gradient "
-                             f"norm {float(norm):.2e}). The checkpoint before it stays. Try a "
-                             "smaller --learning_rate or more --warmup_steps.")
-        spent, done, row = time.time() - clock, (step - clock_step) * tokens_per_step, {}
-        seconds += spent
-        if due_log:
-            left = (settings.max_steps - step) * spent / (step - clock_step)
-            say(f"step {step:>6,}/{settings.max_steps:,} | loss {loss:.4f} | lr {lr:.2e} | "
-                f"{done / spent:,.0f} tokens/s | {flops * done / spent / 1e12:.3g} TFLOP/s | "
-                f"{left // 60:.0f}m{left % 60:02.0f}s left")
-            row |= {"train_loss": loss, "lr": lr, "grad_norm": float(norm),
-                    "tokens_per_s": round(done / spent)}
-            loss_sum, loss_steps = torch.zeros((), device=device), 0
-        if due_eval and rank == 0:
-            val, whole = (evaluate(model, view, device, autocast) for view in (windows, stories))
-            row |= {"val_loss": val, "val_bpb": val * bits}
-            far = f" ({whole / bound - 1:+.1%} against the grammar's own {bound:.4f})" \
-                if bound else ""
-            say(f"step {step:>6,} | validation {val:.4f} nats per token, {val * bits:.4f} bits per "
-                f"byte | whole stories {whole:.4f} nats per token{far}")
-            ids = model.generate([[meta["eot"]]], 60, 0.8, stop=meta["eot"])[0]
-            say("    " + " ".join(tokenizer.decode(ids).split()) + " ...")
-        if rank == 0 and row:
-            log.append({"step": step, "tokens": step * tokens_per_step,
-                        "seconds": round(seconds, 2), **row})
-            write_log(folder / "log.csv", log)
-            if due_eval:
-                draw_loss(folder, log, bound)
-        if rank == 0 and (due_save or stop):
-            weights = {"model": model.state_dict(), "model_config": asdict(model.config),
-                       "settings": asdict(settings), "step": step, "meta": meta}
-            saved = keep(folder / "ckpt.pt", functools.partial(torch.save, weights | {
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                "scaler": scaler.state_dict(), "seconds": seconds, "log": log,
-                "loss_sum": loss_sum, "loss_steps": loss_steps}))
-            if settings.keep_checkpoints:
-                keep(folder / f"ckpt_{step:06}.pt", functools.partial(torch.save, weights))
-        clock, clock_step = time.time(), step
-
-    if stop:
-        say(f"Stopped after step {step}. The same command goes on"
-            + " (without --overwrite=True)" * settings.overwrite + ".")
-    else:
-        say(f"Done: {step:,} steps in {seconds / 60:.1f} minutes. A story: python sample.py "
-            f"{folder}   The curve: {folder / 'loss.png'}\nTo train on: --max_steps={2 * step} "
-            "--resume=True   To begin anew: --overwrite=True")
-    if not saved:
-        print(f"The last checkpoint of {folder} could not be saved.", file=sys.stderr)
-    code = 128 + stop if stop else int(not saved)
-    if world > 1:
-        dist.barrier()                                  # until all have done what they do last
-        sys.stdout.flush()
-        os._exit(code)              # an ordinary end now and then aborts, in a thread of gloo's
-    if code:
-        raise SystemExit(code)
-
-
-def average_gradients(model, world):
-    """Replace each gradient by its mean over all ranks; they cross once a step, in one message."""
+def all_reduce_gradients(model):
+    """Replace each gradient by its mean over all processes, in one message."""
     grads = [p.grad for p in model.parameters()]
     message = torch.cat([grad.flatten() for grad in grads])
     dist.all_reduce(message)
-    for grad, mean in zip(grads, (message / world).split([grad.numel() for grad in grads])):
+    for grad, mean in zip(grads, (message / WORLD_SIZE).split([grad.numel() for grad in grads])):
         grad.copy_(mean.view_as(grad))
 
 
-def largest(number, device):
-    """The largest of the numbers that the ranks have."""
+def all_reduce_max(number, device):
     number = torch.tensor(number, device=device)
     dist.all_reduce(number, dist.ReduceOp.MAX)
     return int(number)
 
 
-def start(argv):
-    """Read the settings, and train in the folder that they name."""
-    first = os.environ.get("RANK", "0") == "0"          # the other ranks must not wait for this one
-    settings = load_config(argv)
-    prepare.command(train, settings, folder=Path(settings.out_dir) if first else None)
+def choose_micro_batch(settings, device):
+    """Rows of a forward pass: as few as cost no speed on a CPU, as many as fit on a GPU."""
+    rows = settings.total_batch_size // settings.block_size // WORLD_SIZE
+    if settings.micro_batch:
+        return min(settings.micro_batch, rows)
+    if device.type == "cpu":
+        return min(rows, max(1, 4_096 // settings.block_size))
+    bytes_per_row = 48 * settings.n_layer * settings.n_embd * settings.block_size       # roughly
+    memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 8e9
+    return min(rows, max(1, int(0.6 * memory / bytes_per_row)))
 
 
-def main(argv=None):
-    prepare.command(start, sys.argv[1:] if argv is None else argv)
+def catch_signals():
+    """-> a list that receives the number of the first SIGINT, SIGTERM or SIGHUP; a second one ends
+    the process at once."""
+    received = []
+
+    def handler(number, frame):
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), handler)
+    return received
+
+
+def announce_duration(settings, device, autocast):
+    """If the run will take hours on this machine, say so before anything is downloaded. Times a
+    micro-batch of random tokens."""
+    model = GPT(model_config(settings)).to(device)
+    rows = choose_micro_batch(settings, device)
+    x = torch.randint(settings.vocab_size, (rows, settings.block_size), device=device)
+    for _ in range(2):                              # the first one warms up
+        start = time.time()
+        with autocast:
+            _, loss = model(x, x)
+        loss.backward()
+        seconds = time.time() - start
+    hours = seconds / x.numel() * settings.max_steps * settings.total_batch_size / 3600
+    if hours > 2:
+        print0(f"This run will take about {hours:,.0f} hours on this machine ({device.type}). For "
+               "a laptop: python train.py config/tiny_laptop.py, or config/demo.py")
+
+
+# ------------------------------------------------------------------------------------ the training
+
+def model_config(settings):
+    return GPTConfig(**{f.name: getattr(settings, f.name) for f in fields(GPTConfig)})
+
+
+def training_step(run, settings, device, autocast, loss_fn, file, signals):
+    """One optimization step -> learning rate and gradient norm, or None if a signal came: then
+    nothing has changed."""
+    n_rows = settings.total_batch_size // settings.block_size // WORLD_SIZE
+    first = (run.step * WORLD_SIZE + RANK) * n_rows
+    step_loss = 0.0
+    for row in range(first, first + n_rows, run.micro_batch):
+        rows = range(row, min(row + run.micro_batch, first + n_rows))
+        x, y = get_batch(file, settings.block_size, rows, settings.seed)
+        if device.type == "cuda":                   # pinned memory is copied while the GPU works
+            x, y = x.pin_memory(), y.pin_memory()
+        with autocast:
+            _, loss = loss_fn(x.to(device, non_blocking=True), y.to(device, non_blocking=True))
+        loss = loss * (len(rows) / n_rows)
+        run.scaler.scale(loss).backward()
+        step_loss += loss.detach()
+        if signals and WORLD_SIZE == 1:
+            return None
+    if WORLD_SIZE > 1:
+        all_reduce_gradients(run.model)
+
+    lr = settings.learning_rate * lr_multiplier(settings, run.step)
+    for optimizer in run.optimizers:
+        run.scaler.unscale_(optimizer)
+    grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), settings.grad_clip or math.inf)
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        run.scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    run.scaler.update()
+    run.step, run.loss_steps = run.step + 1, run.loss_steps + 1
+    run.loss_sum += step_loss
+    return lr, grad_norm
+
+
+def start_run(settings, meta, tokenizer, device, dtype):
+    """Build model and optimizers; continue the run in out_dir or start a new one -> Run."""
+    settings.vocab_size = meta["vocab_size"]
+    torch.manual_seed(settings.seed)
+    model = GPT(model_config(settings)).to(device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    run = Run(model, make_optimizers(model, settings, device), scaler)
+    load_checkpoint(settings, run, meta)
+    if settings.init_from and run.step == 0:
+        load_initial_weights(model, settings, tokenizer)
+    if settings.micro_batch or not run.micro_batch:
+        run.micro_batch = choose_micro_batch(settings, device)
+    tokens = settings.max_steps * settings.total_batch_size
+    epochs = tokens / meta["train"]["tokens"]
+    print0(f"{settings.out_dir}: {model.num_params():,} parameters ({model.num_params(False):,} "
+           f"without embeddings); {tokens:,} tokens = {epochs:.2f} epochs; {device.type}, "
+           f"{str(dtype)[6:]}, {run.micro_batch} rows at a time"
+           + (f"; continuing at step {run.step:,}" if run.step else ""))
+    if epochs > 20:
+        print0(f"The model will read the same text {epochs:.0f} times and may learn it by heart. "
+               "Watch the validation loss; use more text or fewer --max_steps.")
+    return run
+
+
+def print_sample(model, tokenizer, beginning):
+    """Continue the beginning of a validation story."""
+    eot = tokenizer.eot_token
+    [ids] = model.generate([[eot, *beginning]], 50, 0.8, stop=eot)
+    before, after = (" ".join(tokenizer.decode(part).split()) for part in (beginning, ids))
+    print0(prepare.printable(f"    {before} | {after}"))
+
+
+def train(settings, signals=()):
+    """Train, or continue, the run in settings.out_dir. Stops once `signals` has an entry."""
+    device, dtype, autocast = setup_device(settings)
+    folder, T = Path(settings.out_dir), settings.block_size
+    if settings.total_batch_size % (T * WORLD_SIZE):
+        raise SystemExit(f"total_batch_size={settings.total_batch_size} must be a multiple of "
+                         f"block_size * processes = {T * WORLD_SIZE}")
+    if RANK == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        if device.type != "cuda" and not (folder / "ckpt.pt").exists():
+            announce_duration(settings, device, autocast)
+        load_dataset(settings.dataset)              # prepare it once; the other processes wait
+    if WORLD_SIZE > 1:
+        dist.barrier()
+    data, meta = load_dataset(settings.dataset)
+    tokenizer = prepare.load_tokenizer(data)
+    if meta["train"]["tokens"] < 2 * T:
+        raise SystemExit(f"{data} has {meta['train']['tokens']} training tokens; block_size={T} "
+                         f"needs at least {2 * T}.")
+    some, final = (validation_batches(data / "val.bin", meta["eot"], T, n)
+                   for n in (settings.eval_tokens, settings.final_eval_tokens))
+    beginning = final[0][0][0][0, :8].tolist()      # the first tokens of the first window
+    entropy_floor = meta.get("entropy_bound", {}).get("nats_per_token")
+
+    tune_malloc()
+    torch.set_float32_matmul_precision("high")      # float32 products may use TF32
+    run = start_run(settings, meta, tokenizer, device, dtype)
+    compiled = {"auto": device.type == "cuda", "True": True, "False": False}[settings.compile]
+    loss_fn = torch.compile(run.model, dynamic=False) if compiled else run.model
+    if RANK == 0:
+        for name in ("tokenizer.tiktoken", "meta.json"):
+            prepare.write_text(folder / name, (data / name).read_text(encoding="utf-8"))
+
+    file = open(data / "train.bin", "rb")           # kept open: new data does not replace it
+    stop, saved, first_step = False, True, run.step
+    clock, clock_step, printed = time.time(), run.step, 0.0
+    while run.step < settings.max_steps and not stop:
+        result = training_step(run, settings, device, autocast, loss_fn, file, signals)
+        if result is None:                          # interrupted: the unfinished step is dropped
+            stop = True
+            break
+        lr, grad_norm = result
+        last = run.step == settings.max_steps
+        log_due, eval_due, save_due = (last or every > 0 and run.step % every == 0 for every in (
+            settings.log_interval, settings.eval_interval, settings.save_interval))
+        print_due = log_due or time.time() - printed > 10       # the first step prints at once
+        sample_due = last or run.step in SAMPLE_STEPS
+        if WORLD_SIZE > 1 and (log_due or device.type == "cpu"):
+            stop = all_reduce_max(len(signals), device) > 0     # all stop after the same step
+        if not (print_due or eval_due or sample_due or save_due):
+            continue
+
+        if WORLD_SIZE > 1 and (log_due or eval_due or save_due):
+            dist.all_reduce(run.loss_sum)
+            run.loss_sum /= WORLD_SIZE
+        loss = float(run.loss_sum) / run.loss_steps             # waits for the device
+        if not math.isfinite(loss if run.scaler.is_enabled() else loss + float(grad_norm)):
+            raise SystemExit(f"At step {run.step:,} the loss is {loss:.4g} and the gradient norm "
+                             f"{float(grad_norm):.4g}. The last checkpoint is kept. " + (
+                                 "Try a smaller --learning_rate." if run.step > 1 else
+                                 "The weights are the initial ones: look at model.py."))
+        spent, row = time.time() - clock, {}
+        run.seconds += spent
+        if print_due:
+            speed = (run.step - clock_step) * settings.total_batch_size / spent
+            left = (settings.max_steps - run.step) * settings.total_batch_size / speed
+            print0(f"step {run.step:>6,}/{settings.max_steps:,} | loss {loss:.4f} | lr {lr:.2e} | "
+                   f"{speed:,.0f} tokens/s | {left // 60:.0f}m{left % 60:02.0f}s left")
+            printed = time.time()
+        if log_due:
+            row = {"train_loss": loss, "lr": lr, "grad_norm": float(grad_norm),
+                   "tokens_per_s": round(speed)}
+            run.loss_sum, run.loss_steps = 0.0, 0
+        if RANK == 0 and eval_due:
+            windows, stories = final if last else some
+            val_loss, story_loss = (evaluate(run.model, view, device, autocast)
+                                    for view in (windows, stories))
+            row |= {"val_loss": val_loss, "story_loss": story_loss,
+                    "val_bpb": val_loss * bits_per_byte(windows, tokenizer)}
+            print0(f"step {run.step:>6,} | validation {val_loss:.4f} nats per token, "
+                   f"{row['val_bpb']:.4f} bits per byte | whole stories {story_loss:.4f}"
+                   + (f" (entropy of the grammar: {entropy_floor:.4f})" if entropy_floor else ""))
+        if RANK == 0 and sample_due:
+            print_sample(run.model, tokenizer, beginning)
+        if row:
+            run.log.append({"step": run.step, "tokens": run.step * settings.total_batch_size,
+                            "seconds": round(run.seconds, 2), **row})
+        if RANK == 0 and save_due:
+            saved = save_checkpoint(settings, run, meta)
+        if RANK == 0 and row:
+            write_log(folder, run.log, entropy_floor)
+        clock, clock_step = time.time(), run.step
+
+    if stop and RANK == 0 and run.step > 0:
+        run.seconds += time.time() - clock
+        saved = save_checkpoint(settings, run, meta)
+    if stop:
+        print0(f"Stopped after step {run.step:,}. The same command continues.")
+    elif run.step > first_step:
+        print0(f"Done: step {run.step:,}, {run.seconds / 60:.1f} minutes of training. "
+               f"Try: python sample.py {shlex.quote(str(folder))}")
+    else:
+        print0("This run is finished. Raise --max_steps to train longer.")
+    if WORLD_SIZE > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if stop or not saved:
+        raise SystemExit(128 + (signals or [signal.SIGTERM])[0] if stop else 1)
+
+
+def main():
+    settings = load_settings(sys.argv[1:])
+    os.makedirs(settings.out_dir, exist_ok=True)
+    try:
+        with FileLock(Path(settings.out_dir, f".lock{RANK}"), blocking=False):
+            train(settings, catch_signals())
+    except Timeout:
+        raise SystemExit(f"Another command is training in {settings.out_dir}. Choose another "
+                         "--out_dir.")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,5 @@ pos, norm, act, qk_norm, bias, window = "learned", "layer", "gelu", False, True,
 init, value_residual = "normal", False
 optimizer, learning_rate, beta2, weight_decay = "adamw", 5e-4, 0.95, 0.1
 schedule = "constant"
-batch_tokens = 655_360          # 80 x 16 rows of 512
-micro_batch = 80
+total_batch_size = 655_360      # 80 x 16 rows of 512
 max_steps = 2_750

@@ -1,0 +1,159 @@
+"""What is a story made of?
+
+    rules, plots = read_grammar()                           # data/grammar.txt explains its format
+    print(Story(rules, plots, random.Random(0)).text)
+"""
+
+import functools
+import itertools
+import math
+import os
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+GRAMMAR = Path(__file__).resolve().with_name("grammar.txt")
+FEATURES = ("Dialogue", "BadEnding", "MoralValue", "Twist", "Foreshadowing", "Conflict")
+FIELDS = ("Features", "Words", "Summary", "Random sentence")
+FIELD_ORDERS = [order for n in range(1, 5) for order in itertools.permutations(FIELDS, n)]
+
+
+def read_grammar(path=GRAMMAR):
+    """Read a grammar file -> rules, plots.
+
+    rules: {name: (is a variable, entries)}; an entry is {form: text}, form "" is the entry itself.
+    plots: dicts of name, words, summary and scenes (lists of options)."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"Cannot read {path} as UTF-8 text: {error}")
+    text = re.sub(r"(?m)^#.*\n", "", text)
+    text = re.sub(r"\n[ \t]+(?=\S)", " ", text)         # an indented line continues the one before
+    rule, fact = r"(?m)^(\w+)(?: \((.*?)\))? ([=:]) (.*)", r"(?m)^(words|summary) (.*)"
+    rules, plots = {}, []
+    for name, shared, kind, options in re.findall(rule, text):
+        entries = []
+        for option in options.split(" | "):
+            option, own = re.fullmatch(r"(.*?)(?: \((.*=.*)\))?", option.strip()).groups("")
+            if not option or option != option.strip("|") or option.count("{") != option.count("}"):
+                raise SystemExit(f"{path}: rule {name!r} has an empty option, or spaces around | "
+                                 "inside {...}.")
+            forms = re.findall(r"(\w+)=([^,]*)", f"{shared}, {own}")
+            entries.append({**dict(forms), "": option})
+        rules[name] = kind == "=", entries
+    leftover, *texts = re.split(r"(?m)^plot ", re.sub(rule, "", text))
+    if leftover := leftover.strip():
+        raise SystemExit(f"{path}: neither a rule nor part of a plot: {leftover[:60]!r}")
+    for text in texts or ["(none)"]:
+        name, _, text = text.partition("\n")
+        scenes = re.split(r"\n\s*\n", re.sub(fact, "", text).strip())
+        plots.append({"name": name, **dict(re.findall(fact, text)),
+                      "scenes": [scene.split("\n") for scene in scenes if scene]})
+        for key in ("words", "summary", "scenes"):
+            if not plots[-1].get(key):
+                raise SystemExit(f"{path}: the plot {name} has no {key}.")
+    return rules, plots
+
+
+class Story:
+    """A random walk through the grammar: .text, .plot, .features, .bindings {variable: forms}.
+
+    nats: each choice among n options adds log n. The sum is minus the log-probability of the walk,
+    an upper bound for the text: another walk may produce it, too."""
+
+    def __init__(self, rules, plots, rng, replay=()):   # replay: the first choices, by number
+        self.rules, self.plots, self.rng, self.replay = rules, plots, rng, iter(replay)
+        self.nats, self.bindings, self.choices = 0.0, {}, []
+        self.plot = self.choose(plots)
+        text = "\n\n".join(self.expand(self.choose(scene)) for scene in self.plot["scenes"])
+        self.features = {*re.findall(r"\[(\w+)\]", text), *(["Dialogue"] if '"' in text else [])}
+        self.text = re.sub(r" ?\[\w+\]", "", text)
+        self.n_choices = len(self.choices)              # record() makes more
+
+    def choose(self, options):
+        number = next(self.replay, None)
+        option = self.rng.choice(options) if number is None else options[number % len(options)]
+        self.nats += math.log(len(options))
+        self.choices.append((options.index(option), len(options)))
+        return option
+
+    def expand(self, template):
+        """Fill every {...} of a template, and write "an" where it must be."""
+        try:
+            text = re.sub(r"\{([^{}]*)\}", lambda match: self.fill(match[1]), template)
+            if torn := re.search(r"[{}][^ ]*", text):
+                raise KeyError(torn[0])
+        except (KeyError, RecursionError) as error:
+            why = (f"{error} is no rule, and no form of one, in {template!r}"
+                   if isinstance(error, KeyError) else
+                   "two rules name each other, or a list is too short for its variables")
+            raise SystemExit(f"The grammar's plot {self.plot['name']!r}: {why}.")
+        return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
+
+    def fill(self, inside):
+        if "|" in inside:                               # {red|blue}: one of these
+            return self.choose(inside.split("|"))
+        name, _, form = inside.partition(".")           # {toy}, {Toy}, {hero.he}, {hero.He}
+        capital = (form or name)[:1].isupper()
+        name, form = name[:1].lower() + name[1:], form.lower()
+        forms = self.bindings.get(name) or self.draw_entry(name)
+        if self.rules[name][0] and name not in self.bindings:
+            if forms[""] in [other[""] for other in self.bindings.values()]:
+                return self.fill(inside)                # no two variables have the same text
+            self.bindings[name] = forms
+        return forms[form][:1].upper() + forms[form][1:] if capital else forms[form]
+
+    def draw_entry(self, name):
+        """Draw an entry of a rule -> {form: text}."""
+        entry = self.choose(self.rules[name][1])
+        if inner := re.fullmatch(r"\{(\w+)\}", entry[""]):      # a list of lists: the inner forms
+            forms = self.draw_entry(inner[1])
+            return {**forms, **entry, "": forms[""]}
+        text = self.expand(entry[""])
+        return {**{end: text + end for end in ("s", "ed", "ing")}, **entry, "": text}
+
+    @functools.cached_property
+    def charges(self):
+        """Where the text shows its choices: [(position, nats)], in sum the text's nats.
+
+        For each choice, the story is generated again with each other option. Where m options that
+        began alike become k, the text shows log(m / k) nats: a hero's name at the name, not at
+        "girl". What is never shown is charged at the end."""
+        numbers, charges = [number for number, _ in self.choices[:self.n_choices]], []
+        for i, number in enumerate(numbers):
+            alike = self.choices[i][1]
+            others = [Story(self.rules, self.plots, random.Random(0),
+                            [*numbers[:i], other, *numbers[i + 1:]])
+                      for other in range(alike) if other != number]
+            ends = Counter(len(os.path.commonprefix([self.text, other.text])) for other in others)
+            for position, n in sorted(ends.items()):
+                charges.append((position, math.log(alike / (alike - n))))
+                alike -= n
+        return sorted(charges)
+
+    def record(self):
+        """The story as a record of TinyStories-Instruct."""
+        return format_record(self.text, self.choose, {
+            "Features": ", ".join(sorted(self.features)), "Words": self.expand(self.plot["words"]),
+            "Summary": self.expand(self.plot["summary"])})
+
+
+def split_sentences(text):
+    """A sentence ends with . ! or ? and perhaps a quote; none begins in lower case."""
+    return re.split(r'(?:(?<=[.!?])|(?<=[.!?]["”]))\s+(?![a-z])', text.strip())
+
+
+def format_instructions(values):
+    """The request for a story in the layout of TinyStories-Instruct. values: {field: text}."""
+    return "\n".join([*(f"{field}: {text}" for field, text in values.items()), "Story:"])
+
+
+def format_record(text, choose, values):
+    """A record of TinyStories-Instruct: some fields in random order, then the story. choose: picks
+    from a list; values: {field: text or ""}, without the random sentence."""
+    sentences = [sentence for sentence in split_sentences(text)[1:] if "\n" not in sentence
+                 and len(re.findall('["“”]', sentence)) % 2 == 0]       # no half of a quotation
+    values = {**values, "Random sentence": choose(sentences or [""])}
+    order = choose([order for order in FIELD_ORDERS if all(map(values.get, order))])
+    return f"{format_instructions({field: values[field] for field in order})} \n\n{text}"

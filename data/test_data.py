@@ -1,0 +1,252 @@
+"""What must be true of the grammar, of byte-pair encoding and of downloads: a list of claims."""
+
+import contextlib
+import gzip
+import hashlib
+import http.server
+import math
+import random
+import re
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+
+import prepare
+from data.bpe import merge, prune_bpe, train_bpe
+from data.download import download
+from data.grammar import Story, read_grammar, split_sentences
+
+# ------------------------------------------------------------------------------------- the grammar
+
+
+@pytest.fixture(scope="module")
+def stories():
+    grammar = read_grammar()
+    return [Story(*grammar, random.Random(f"0-{n}")) for n in range(3000)]
+
+
+def small_grammar(path, rules, scenes):
+    path.write_text(f"{rules}\nplot one\nwords a\nsummary s\n\n{scenes}\n", encoding="utf-8")
+    return read_grammar(path)
+
+
+def test_the_sample_is_the_same_everywhere(stories):
+    digest = hashlib.sha256("\0".join(story.text for story in stories).encode()).hexdigest()
+    assert digest == "84029c3914e86586398a96710c1ff2e9b04bdb9b67fbc6ca7f708db044a5ba8f"
+
+
+@pytest.mark.parametrize("wrong", [
+    r"[{}\[\]|]|  ", r"\b[Aa] [aeiou]|\b[Aa]n [^aeiou]", r"\b(\w+) \1\b(?<!had had)",
+    r"\b(too|so|very) (too|so|very)\b", r"(^|[.!?] )\"?[a-z]", r"[^.!?\"\n]\n", r"[^.!?\"]$"])
+def test_generated_stories_are_grammatical(stories, wrong):
+    assert not [story.text for story in stories if re.search(wrong, story.text)]
+
+
+def test_instruct_fields_describe_the_story(stories):
+    for story in stories[:500]:
+        head, text = story.record().split("\nStory: \n\n")
+        fields = dict(line.split(": ", 1) for line in head.split("\n"))
+        assert text == story.text
+        assert all(word in text for word in fields.get("Words", "").split(", "))
+        sentence = fields.get("Random sentence", split_sentences(text)[1])
+        assert sentence in split_sentences(text)[1:]
+
+
+def test_nats_are_the_log_of_the_number_of_options(tmp_path):
+    grammar = small_grammar(tmp_path / "g.txt", "hero = Ann | Bob | Cy",
+                            "{hero} {ran|sat}. {Hero} {ran|sat}.\n{hero} slept. It was dark.")
+    for seed in range(20):
+        story = Story(*grammar, random.Random(seed))
+        options = 2 * 3 if "slept" in story.text else 2 * 3 * 2 * 2
+        assert story.nats == pytest.approx(math.log(options))
+        assert len(set(re.findall("Ann|Bob|Cy", story.text))) == 1      # a variable does not change
+
+
+def test_charges_are_where_the_options_differ(tmp_path):
+    rules = "girl (boy=girl) = Ann | Zoe\nboy (boy=boy) = Al | Bo\nhero = {girl} | {boy}"
+    grammar = small_grammar(tmp_path / "g.txt", rules, "A {hero.boy} named {hero}. The {end|tip}.")
+    story = Story(*grammar, random.Random(0))
+    name = story.text.index(story.bindings["hero"][""])
+    assert [(where, round(math.exp(nats))) for where, nats in story.charges] == [
+        (2, 2), (name, 2), (story.text.index("The") + 4, 2)]
+    for story in (Story(*read_grammar(), random.Random(seed)) for seed in range(6)):
+        assert sum(nats for _, nats in story.charges) == pytest.approx(story.nats, abs=1e-9)
+        assert all(0 <= where <= len(story.text) for where, _ in story.charges)
+
+
+def test_the_most_specific_form_is_used(tmp_path):
+    rules = ("a (s=own) : {c}\nb (he=she, s=shared) : {c} | {d} (s=last)\nc : x (he=he)\n"
+             "d : y (s=yy)")
+    scene = "{a} {a.s} {a.he} {c.s}. {b.he} {b.s}. {B.S}"
+    grammar = small_grammar(tmp_path / "g.txt", rules, scene)
+    texts = [Story(*grammar, random.Random(seed)).text.split(". ") for seed in range(40)]
+    assert [set(column) for column in zip(*texts)] == [
+        {"x own he xs"}, {"she shared", "she last"}, {"Shared", "Last"}]
+
+
+@pytest.mark.parametrize("rules, scene, message", [
+    ("hero = Ann", "{hero} saw {dragon}.", "'dragon' is no rule"), ("", "{} sat.", "'' is no rule"),
+    ("hero (he=she) = Ann", "{hero.him} sat.", "'him' is no rule, and no form of one"),
+    ("hero = Ann\nfriend = Ann", "{hero} {friend}.", "list is too short"),
+    ("a : {b}\nb : {a}", "{a}.", "name each other"), ("hero = Ann", "{hero} {sat.", "'{sat"),
+    ("a : red |  | blue", "x", "'a' has an empty option"), ("a : {red | blue}", "x", "spaces"),
+    ("He sat.", "x", "neither a rule"), ("plot zero", "x", "zero has no words")])
+def test_a_wrong_grammar_gets_one_sentence(tmp_path, rules, scene, message):
+    with pytest.raises(SystemExit, match=message):
+        Story(*small_grammar(tmp_path / "g.txt", rules, scene), random.Random(0))
+
+
+def test_a_grammar_is_utf_8_with_or_without_a_byte_order_mark(tmp_path):
+    path = tmp_path / "g.txt"
+    grammar = small_grammar(path, "\ufeffhero = Zoé", "{hero} sat.")
+    assert Story(*grammar, random.Random(0)).text == "Zoé sat."
+    path.write_bytes(path.read_bytes().decode("utf-8-sig").encode("latin-1"))
+    for wrong in (path, tmp_path / "missing.txt"):
+        with pytest.raises(SystemExit, match="Cannot read"):
+            read_grammar(wrong)
+
+
+# -------------------------------------------------------------------------------------- tokenizers
+
+def test_bpe_by_hand():
+    assert train_bpe({"low": 5, "lower": 2}, 257 + 4) == [
+        (b"o", b"w"), (b"l", b"ow"), (b"low", b"e"), (b"lowe", b"r")]      # equal: greater first
+    assert train_bpe({"aaaa": 3, "a": 9}, 300) == [(b"a", b"a"), (b"aa", b"aa")]
+
+
+@pytest.mark.parametrize("alphabet", ["ab", "abc\0\xff", "雪雨雲"])
+def test_bpe_equals_counting_all_pairs_after_each_merge(alphabet):
+    rng, merges = random.Random(0), []
+    words = Counter("".join(rng.choices(alphabet, k=rng.randint(1, 12))) for _ in range(300))
+    parts = {word: [bytes([byte]) for byte in word.encode()] for word in words}
+    while len(merges) < 80:
+        pairs = Counter()
+        for word, count in words.items():
+            for pair in zip(parts[word], parts[word][1:]):
+                pairs[pair] += count
+        merges.append(max(pairs, key=lambda pair: (pairs[pair], pair)))
+        parts = {word: merge(part, merges[-1]) for word, part in parts.items()}
+    assert train_bpe(words, 257 + 80) == merges
+
+
+def test_a_pruned_bpe_is_lossless(stories):
+    text = "\n".join(story.text for story in stories[:500])
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    for left, right in train_bpe(Counter(re.findall(r" ?\w+", text)), 900):
+        ranks.setdefault(left + right, len(ranks))
+    full = prepare.make_encoding(ranks)
+    used = np.bincount(full.encode_ordinary(text), minlength=len(ranks))
+    small = prepare.make_encoding(prune_bpe(ranks, used, 600))
+    assert small.n_vocab <= 600 and small.eot_token == small.n_vocab - 1
+    for other in (text, "Zoë saw 雪 and 🦊!\r\n\t\0 “yes”", "<|endoftext|>"):
+        assert small.decode(small.encode_ordinary(other)) == other
+    everything = prepare.make_encoding(prune_bpe(ranks, used + 1, 10_000))
+    assert everything.encode_ordinary(text) == full.encode_ordinary(text)
+
+
+def test_our_bpe_keeps_vowel_signs_with_their_letters():
+    assert prepare.regex.findall(prepare.BPE_PATTERN, "हिन्दी की") == ["हिन्दी", " की"]
+
+
+# --------------------------------------------------------------------------------------- downloads
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A hub that misbehaves: `faults` says how it answers one GET after the other."""
+    body = bytes(range(256)) * 800
+
+    def log_message(self, *_):
+        pass
+
+    def reply(self, status, body=b"", **headers):
+        self.send_response(status)
+        for name, value in {"Content_Length": len(body), **headers}.items():
+            if value is not None:
+                self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            self.wfile.write(body)
+
+    def do_HEAD(self):
+        self.reply(302 if self.head else 501, **self.head)
+
+    def do_GET(self):
+        fault, size = self.faults.pop(0) if self.faults else "", len(self.body)
+        start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        self.requests.append((start, self.headers.get("Authorization")))
+        part = self.body[start:]
+        headers = dict(ETag='"1"', Content_Length=size - start,
+                       Content_Range=f"bytes {start}-{size - 1}/{size}" if start else None)
+        if isinstance(fault, int):
+            return self.reply(fault, Retry_After=0)
+        if fault == "elsewhere":                                # where the hub keeps large files
+            return self.reply(302, Location=f"http://localhost:{self.server.server_port}/f")
+        if fault == "html" or fault == "gzip":
+            return self.reply(200, gzip.compress(self.body), Content_Type=f"text/{fault}")
+        if fault == "changed" and '"1"' in self.headers.get("If-Range", ""):
+            return self.reply(200, b"y" * 200_000, ETag='"2"')
+        if fault in ("no range", "wrong"):
+            return self.reply(200, self.body if fault == "no range" else b"x" * size)
+        if fault in ("close", "endless"):
+            headers["Content_Length"] = None
+        end = 30_000 if fault in ("cut", "close") else size
+        self.reply(206 if start else 200, part[:end] * (9 if fault == "endless" else 1), **headers)
+
+
+@pytest.fixture
+def fetch(tmp_path, monkeypatch):
+    """Download with faults -> the content of the file, or the error message."""
+    monkeypatch.setattr("data.download.BACKOFF", 0)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def fetch(*faults, known=True, **head):
+        Hub.faults, Hub.requests, Hub.head = list(faults), [], head
+        (tmp_path / "f").unlink(missing_ok=True)
+        sha256 = hashlib.sha256(Hub.body).hexdigest()
+        try:
+            download(f"http://127.0.0.1:{server.server_port}/f", tmp_path / "f",
+                             *((len(Hub.body), sha256) if known else ()))
+        except SystemExit as error:
+            assert not (tmp_path / "f").exists()
+            return str(error)
+        return (tmp_path / "f").read_bytes()
+
+    yield fetch
+    server.shutdown()
+
+
+@pytest.mark.parametrize("faults", [[], ["cut", "close"], ["cut", "no range"], [429, 503],
+                                    ["cut", 416], ["cut"] * 6])
+def test_a_download_survives_faults(fetch, faults):
+    assert fetch(*faults) == Hub.body
+    assert fetch(*faults, known=False, X_Linked_Size=len(Hub.body), ETag='"1"') == Hub.body
+    assert faults[:1] != ["cut"] or Hub.requests[1][0] > 24_000     # it continued there
+
+
+@pytest.mark.parametrize("faults, known, head, message", [
+    ([404], True, {}, "404"), (["html"], True, {}, "text/html"), (["gzip"], False, {}, "gzip"),
+    (["wrong"], True, {}, "sha256"), (["endless"], True, {}, "more than"),
+    ([503] * 99, True, {}, "503"),
+    (["close"] * 9, False, {"X_Linked_Size": 999_999}, "version|arrived")])
+def test_a_failed_download_gets_one_sentence(fetch, faults, known, head, message):
+    assert re.search(message, fetch(*faults, known=known, **head))
+
+
+def test_a_nonsense_size_is_ignored_and_a_changed_file_is_not_mixed(fetch):
+    assert fetch(known=False, X_Linked_Size="12 parsecs", X_Linked_Etag="?") == Hub.body
+    assert set(fetch("cut", "changed", known=False, ETag='"1"')) == {ord("y")}
+
+
+def test_the_token_is_sent_to_the_hub_only_and_never_printed(fetch, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret\n")
+    assert "hf_secret" not in fetch(404) and fetch("elsewhere") == Hub.body
+    assert [token for _, token in Hub.requests] == ["Bearer hf_secret", None]
+    monkeypatch.setenv("HF_TOKEN", "hf_se\ncret")
+    assert "HF_TOKEN" in fetch() and "cret" not in fetch()
+
+
+def test_without_a_network_the_hint_comes_first(tmp_path):
+    with pytest.raises(SystemExit, match="^Without a network: python train.py.*refused"):
+        download("http://127.0.0.1:9/f", tmp_path / "f")

@@ -1,0 +1,238 @@
+"""Do the endings that a model writes fit their stories? Measured exactly, without a judge.
+
+    python -m study.consistency out/demo                  # half a minute
+    python -m study.consistency out/demo --without 1.0    # without head 0 of layer 1
+    python -m study.consistency out/demo --autopsy        # what happened at a wrong word?
+    python -m study.consistency out/demo_instruct         # does it use the required words?
+
+For models of our own grammar. Five checks of sampled endings, and minimal pairs (arXiv 1912.00582)
+in true endings: is the right word more likely than the other words of its list? Without sampling,
+they have much less noise. Writes no files.
+"""
+
+import argparse
+import math
+import re
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # also works as a plain file
+import prepare
+import sample
+from grade import format_table
+from model import NonFiniteLogits, attention
+from study.facts import decided_words, held_out_stories, required_texts, split_story
+
+MAX_ENDING = 200        # tokens; the true endings have at most 170
+CHECKS = {
+    "grammar": 'a or an, no word twice in a row, capitals, full stops, quotes',
+    "pronoun": "he, she, him, her ... while all people are of one gender",
+    "name": "people appear again, with their names, and nobody else",
+    "thing": "the toy, its color, the pet ... appear again, unchanged",
+    "plot": "all scenes of this plot follow, to its end",
+}
+CHECKED_KINDS = {"pronoun": ["pronoun"], "name": ["hero", "friend", "other people"],
+                 "thing": ["thing", "color"]}
+
+
+# ----------------------------------------------------------------------------- sampled endings
+
+def check_ending(story, ending):
+    """-> {check: right or wrong; None: there is nothing to check}."""
+    paragraphs, scenes = ending.split("\n\n"), story.plot["scenes"][1:]
+    faults = r"\b[Aa] [aeiou]|\b[Aa]n [^aeiou]|\b(?!had\b)(\w+) \1\b|[.!?] \"?[a-z]"
+    results = {"grammar": not re.search(faults, ending) and all(
+        re.search(r"[.!?]\"?$", text) and text.count('"') % 2 == 0 for text in paragraphs)}
+    words = [(kind, right) for _, kind, right, _ in decided_words(story, ending)]
+    for kind, text in required_texts(story):
+        words.append((kind, bool(re.search(rf"\b{text}", ending))))
+    for check, kinds in CHECKED_KINDS.items():
+        right = [right for kind, right in words if kind in kinds]
+        results[check] = all(right) if right else None
+    results["plot"] = len(paragraphs) == len(scenes) and all(
+        any(re.fullmatch(option_pattern(option), text) for option in scene)
+        for text, scene in zip(paragraphs, scenes))
+    return results
+
+
+def option_pattern(option):
+    """One option of a scene -> a regular expression: its words, with anything at its choices."""
+    parts = re.split(r"\{[^{}]*\}", re.sub(r" ?\[\w+\]", "", option))
+    parts = [re.sub(r"\b([Aa])\\ $", r"\1n?\\ ", re.escape(part)) for part in parts]
+    return '[^.!?"]+?'.join(parts)
+
+
+def check_endings(stories, endings):
+    """{check: share of the endings that pass it, of those where there is something to check}."""
+    results = [check_ending(story, ending) for story, ending in zip(stories, endings)]
+    shares = {}
+    for check in CHECKS:
+        values = [result[check] for result in results if result[check] is not None]
+        shares[check] = sum(values) / max(len(values), 1)
+    return shares
+
+
+def generate_endings(model, tokenizer, stories, seed=0, temperature=1.0):
+    """Let a model continue stories after their first scenes, all at once -> list of str."""
+    prompts = [split_story(story)[0] for story in stories]
+    endings = sample.generate_texts(model, tokenizer, prompts, MAX_ENDING, temperature, seed=seed)
+    return [ending.strip() for ending in endings]
+
+
+def required_words(model, tokenizer, stories, seed, temperature):
+    """For a model of instructions -> for each story, which required words it contains."""
+    requests = [story.record().partition(" \n\n")[0] for story in stories]
+    texts = sample.generate_texts(model, tokenizer, requests, 2 * MAX_ENDING, temperature,
+                                  seed=seed)
+    words = [re.findall(r"\w+", " ".join(re.findall("Words: (.*)", text))) for text in requests]
+    return [[bool(re.search(rf"\b{word}", text, re.I)) for word in row]
+            for row, text in zip(words, texts) if row]
+
+
+# ------------------------------------------------------------------------- minimal pairs
+
+def minimal_pairs(story, tokenizer):
+    """Positions in [end token, *tokens of the story] where the word is decided -> list of
+    (position, kind, id of the right word, ids of the other words of its list)."""
+    first, ending = split_story(story)
+    text, starts = tokenizer.decode_with_offsets(tokenizer.encode_ordinary(story.text))
+    pairs = []
+    for match, kind, _, others in decided_words(story, ending):
+        start = len(first) + 2 + match.start()
+        space = " " if text[start - 1] == " " else ""           # belongs to the token
+        words = [match[0], *sorted(others)]
+        if match[0][0].isupper():
+            words = [word.capitalize() for word in words]
+        right, *others = [tokenizer.encode_ordinary(space + word)[0] for word in words]
+        plural = match.lastindex and match[0] != match[1]
+        if start - len(space) in starts and others and right not in others and not plural:
+            pairs.append((1 + starts.index(start - len(space)), kind, right, others))
+    return pairs
+
+
+@torch.inference_mode()
+def score_pairs(model, tokenizer, stories):
+    """One forward pass per story -> {kind: (number of pairs, % where the right word is the most
+    likely of its list, its probability within the list in %, standard error of that)}."""
+    scores, results = {}, {}
+    for number, story in enumerate(stories):
+        ids = sample.encode_prompt(tokenizer, story.text, model.config.block_size)
+        idx = torch.tensor([ids[:model.config.block_size]])                 # (1, T)
+        logits, _ = model(idx.to(model.token_embedding.weight.device))
+        logits = logits[0].float().cpu().numpy()                            # (T, V)
+        if not np.isfinite(logits).all():
+            raise SystemExit(NonFiniteLogits.__doc__)
+        for position, kind, right, others in minimal_pairs(story, tokenizer):
+            if position <= len(logits):
+                odds = np.exp(logits[position - 1, others] - logits[position - 1, right])
+                row = (number, odds.max() < 1, 1 / (1 + odds.sum()))
+                scores.setdefault(kind, []).append(row)
+    for kind, rows in sorted(scores.items()):
+        number, correct, p = np.array(rows, dtype=float).T
+        # Pairs within a story are not independent: sum them first.
+        sums = np.bincount(number.astype(int), p - p.mean())
+        error = np.sqrt((sums ** 2).sum()) / len(p)
+        results[kind] = len(p), 100 * correct.mean(), 100 * p.mean(), 100 * error
+    return results
+
+
+# ------------------------------------------------------------------------------- autopsy
+
+@torch.inference_mode()
+def attention_weights(model, idx):
+    """idx (1, T) -> for each layer, where its heads look: (H, T, T); each row sums to 1."""
+    weights = []
+
+    def record(module, args):
+        x, rope, v1, *_ = args
+        q, k, *_ = module.heads(x, rope, v1)                        # (1, H, T, D)
+        eye = torch.eye(q.size(2), dtype=q.dtype, device=q.device)  # as values: weights @ eye
+        eye = eye.expand(*q.shape[:2], -1, -1)                      # (1, H, T, T)
+        weights.append(attention(q, k, eye, module.window)[0].float())
+
+    hooks = [block.attn.register_forward_pre_hook(record) for block in model.blocks]
+    model(idx)
+    for hook in hooks:
+        hook.remove()
+    return weights
+
+
+def first_wrong_word(story, ending):
+    """-> (its position in the ending, the word, the words that were right there), or None."""
+    for match, _, right, others in decided_words(story, ending):
+        if not right:
+            return match.start(), match[0], others
+    return None
+
+
+@torch.inference_mode()
+def autopsy(model, tokenizer, story, ending):
+    """What happened at the first wrong word of an ending -> text."""
+    position, wrong, right = first_wrong_word(story, ending)
+    before = f"{split_story(story)[0]}\n\n{ending[:position]}"
+    ids = sample.encode_prompt(tokenizer, before, model.config.block_size)
+    idx = torch.tensor([ids], device=model.token_embedding.weight.device)       # (1, T)
+    p = model(idx)[0][0, -1].float().softmax(0)                                 # (V,)
+    text = textwrap.fill(f"{before}[{wrong}]", 96) + "\n"
+    space = " " if before[-1] == " " else ""                        # belongs to the next token
+    for word in (wrong, *sorted(right)):
+        token = tokenizer.encode_ordinary(space + word)[0]
+        text += f"{'wrong' if word == wrong else 'right'}: {word}, probability {p[token]:.1%}\n"
+    text += "Where each head (layer.head) looked most:\n"
+    for layer, weights in enumerate(attention_weights(model, idx)):
+        for head, row in enumerate(weights[:, -1]):                             # (T,)
+            text += f"    {layer}.{head}:"
+            for i in row.argsort().flip(0)[:4]:
+                text += f" {tokenizer.decode([ids[i]])!r} {row[i]:.0%}"
+            text += "\n"
+    return prepare.printable(text)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="a run's folder, or a checkpoint file, trained on the sample")
+    parser.add_argument("-n", type=int, default=200, help="stories (default 200)")
+    parser.add_argument("--autopsy", action="store_true", help="explain the first wrong endings")
+    sample.add_sampling_options(parser, temperature=1.0)
+    args = sample.parse_args(parser, argv)
+    if args.n < 1:
+        parser.error("-n must be at least 1")
+    model, tokenizer, meta = sample.load_run(args.run, args.device, without=args.without)
+    dataset = meta.get("dataset", "unknown stories")
+    if dataset.split("-")[0] != "sample":
+        raise SystemExit(f"{args.run} was trained on {dataset}, not on our own grammar. "
+                         "Train such a model: python train.py config/demo.py")
+    stories, start, rows = held_out_stories(args.n), time.time(), {}
+    if meta.get("instruct"):
+        used = required_words(model, tokenizer, stories, args.seed, args.temperature)
+        print(f"{np.mean(sum(used, [])):.0%} of the required words are in their stories; "
+              f"{np.mean([all(row) for row in used]):.0%} of {len(used)} stories have all of them.")
+        return
+    endings = generate_endings(model, tokenizer, stories, args.seed, args.temperature)
+    if args.autopsy:
+        wrong = [pair for pair in zip(stories, endings) if first_wrong_word(*pair)]
+        print(f"{len(wrong)} of {args.n} endings have a wrong name, thing or pronoun.\n")
+        for story, ending in wrong[:3]:
+            print(autopsy(model, tokenizer, story, ending))
+        return
+    for check, share in check_endings(stories, endings).items():
+        error = 100 * math.sqrt(share * (1 - share) / args.n)
+        rows[check] = {"right, %": f"{100 * share:.1f}", "standard error": f"{error:.1f}",
+                       "right means": CHECKS[check]}
+    print(f"{args.n} endings, sampled in {time.time() - start:.1f} s\n\n{format_table(rows)}")
+    start, rows = time.time(), {}
+    for kind, (n, correct, p, error) in score_pairs(model, tokenizer, stories).items():
+        rows[kind] = {"pairs": n, "right word most likely, %": f"{correct:.1f}",
+                      "its probability, %": f"{p:.2f}", "standard error": f"{error:.2f}"}
+    print(f"\nMinimal pairs of {args.n} true endings, scored in {time.time() - start:.1f} s\n\n"
+          + format_table(rows))
+
+
+if __name__ == "__main__":
+    main()

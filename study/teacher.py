@@ -1,0 +1,110 @@
+"""Be the judge: how would you grade these stories?
+
+    python -m study.teacher out/demo        # ten pages, about ten minutes; options as grade.py
+
+The pages are shuffled and anonymous: stories of the model, true endings, and shuffled ones. Type
+four grades for each. Ctrl-C shows the result; the same command continues, and brings ten more after
+ten pages. Grades go to the log of all judges, so that study/report.py can compare you with them.
+"""
+
+import json
+import random
+import sys
+import textwrap
+import time
+from pathlib import Path
+from statistics import fmean
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # also works as a plain file
+
+import grade
+import prepare
+from grade import ANCHORS
+from judge import METRICS, STORY, Client, read_grade
+from study import report
+
+EXAMPLE = f"Type {len(METRICS)} grades from 0 to 10 ({', '.join(METRICS)}), for example: 7 6 8 7"
+PLURAL = {ANCHORS[0]: "the true endings", ANCHORS[1]: "the shuffled ones"}
+
+
+def order_pages(items, rng):
+    """All pages, ten by ten: models and anchors take turns, those ten are shuffled."""
+    groups = [rng.sample(group, len(group)) for name, group in grade.items_by_model(items).items()
+              if name != ANCHORS[2]]                    # random words are too easy
+    pages, prompts = [], []
+    while any(groups):
+        for group in filter(None, groups):              # next: the prompt that was used least
+            group.sort(key=lambda item: prompts.count(item["prompt"]), reverse=True)
+            pages.append(group.pop())
+            prompts.append(pages[-1]["prompt"])
+    tens = [pages[i:i + 10] for i in range(0, len(pages), 10)]
+    return [page for ten in tens for page in rng.sample(ten, len(ten))]
+
+
+def parse_line(line):
+    """"7 6 8 7" -> {metric: "7", ...}. ValueError: what is wrong with it."""
+    words = line.replace(",", " ").split()
+    if len(words) != len(METRICS):
+        raise ValueError(f"{len(METRICS)} numbers are needed, not {len(words)}.")
+    for word in words:
+        if read_grade(METRICS[0], word) is None:
+            raise ValueError(f"{word!r} is not a grade.")
+    return dict(zip(METRICS, words))
+
+
+class Human:
+    """Answers like judge.Client, from the keyboard."""
+    def ask(self, messages, schema=None):
+        text = "" if schema else "(by hand)"            # the first turn is prose
+        for line in messages[2]["content"].split("\n")[1:-1] if schema else ():
+            print(textwrap.fill(prepare.printable(line), 80))
+        while not text:
+            try:
+                text = json.dumps({**parse_line(input("\n> ")), "age": "not asked"})
+            except ValueError as error:
+                print(f"{error} {EXAMPLE}")
+        return {"text": text, "refusal": None, "finish": "stop", "tokens": [0, 0], "model": "me",
+                "sent": [], "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+
+
+def show_result(pages, items):
+    """The means of models and anchors, which page was which, and agreement with other judges."""
+    graded = [item for item in pages if item["grades"]]
+    means = [f"{PLURAL.get(name, name)} {fmean(map(report.mean_grade, group)):.1f}"
+             for name, group in grade.items_by_model(graded).items()]
+    means.sort(key=lambda text: text.startswith("the "))            # models first
+    print(f"\nYou gave {', '.join(means) or 'no grades'}.\n")
+    for number, item in enumerate(pages, 1):
+        if item["grades"]:
+            print(f"page {number}: {item['model']}, {report.mean_grade(item):.1f}")
+    rows = report.agreement_rows(items)
+    if rows := {name: rows[name] for name in rows if "me" in name.split(" - ")}:
+        print(f"\nAgreement with other judges:\n\n{grade.format_table(rows)}")
+
+
+def main(argv=None):
+    parser = grade.build_parser()
+    parser.description = __doc__
+    parser.set_defaults(n=1, judge="none")          # completions are sampled, nothing is sent
+    args = grade.parse_args(parser, argv)
+    if args.task == "probes":
+        parser.error("the game has stories only, no --task probes")
+    items = grade.gather(args, Client(args, "none"))
+    grade.attach_replies(items, "me", "")
+    unique = {item["key"]: item for item in items if not item["empty"]}.values()
+    pages = order_pages(unique, random.Random(args.seed))
+    done = next((i for i, item in enumerate(pages) if not item["grades"]), len(pages) - 1)
+    pages = pages[done // 10 * 10:][:10]            # those of this game
+    print(textwrap.fill(STORY[1].partition(" Then guess")[0], 80) + f"\n\n{EXAMPLE}")
+    try:
+        for number, item in enumerate(pages, 1):
+            if item["open"]:
+                print(f"\n---- page {number} of {len(pages)} ----\n")
+                grade.judge_story(Human(), item)
+    except (KeyboardInterrupt, EOFError):
+        pass
+    show_result(pages, items)
+
+
+if __name__ == "__main__":
+    main()
