@@ -100,6 +100,13 @@ def save_figure(path, figure):
         figure.savefig(file, dpi=120)
 
 
+def setup_console():
+    """Print ? for characters that the console cannot show, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
 def printable(text):
     """Text from outside, safe for a terminal: control characters are shown as escapes."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]",

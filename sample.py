@@ -10,6 +10,7 @@
 
 import argparse
 import codecs
+import signal
 import sys
 from pathlib import Path
 
@@ -149,6 +150,7 @@ def parse_args(parser, argv=None):
 
 
 def main(argv=None):
+    prepare.setup_console()
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -204,4 +206,6 @@ def read_line():
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # end quietly after `| head`
     main()

@@ -770,3 +770,15 @@ def test_a_switched_off_head_changes_the_story(finished):
     model, tokenizer, _ = sample.load_run(finished, without=[(1, 0), (0, 1)])
     assert (model.blocks[1].attn.c_proj.weight[:, :16] == 0).all()
     assert (model.blocks[0].attn.c_proj.weight[:, 16:] == 0).all()
+
+
+def test_the_shipped_model_fits_model_py_and_the_grammar():
+    model, tokenizer, _ = sample.load_run(HERE / "data" / "demo_model", "cpu", torch.float32)
+    grammar, first, nats, entropy = read_grammar(GRAMMAR), sum(prepare.SAMPLE_STORIES.values()), 0, 0
+    for i in range(100):                            # stories that the model has not seen
+        story = Story(*grammar, random.Random(f"0-{first + i}"))
+        ids = [tokenizer.eot_token, *tokenizer.encode_ordinary(story.text), tokenizer.eot_token]
+        ids = torch.tensor([ids])
+        nats += model(ids[:, :-1], ids[:, 1:])[1].item() * (ids.size(1) - 1)
+        entropy += story.nats
+    assert 1 < nats / entropy < 1.06

@@ -695,6 +695,7 @@ def train(settings, signals=()):
 
 
 def main():
+    prepare.setup_console()
     settings = load_settings(sys.argv[1:])
     os.makedirs(settings.out_dir, exist_ok=True)
     try:
