@@ -94,7 +94,7 @@ def attention(q, k, v, window=0):
     if T > 1 and q.device.type != "cpu":                            # fused: never stores the scores
         return F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None)
     # Written out: faster than the fused kernel on a CPU in bfloat16. A single query (sampling) uses
-    # sums, because matrix products are planned anew for every S.
+    # sums, because matrix products are planned again for every S.
     q = q / math.sqrt(q.size(-1))
     scores = (q * k).sum(-1)[:, :, None] if T == 1 else q @ k.mT    # (B, H, T, S)
     scores = scores if bias is None else scores + bias

@@ -110,12 +110,22 @@ def print_stream(model, tokenizer, prompt, **sampling):
     print()
 
 
+def table_rows(rows):
+    """{row name: {column: cell}} -> rows of cells, the heading first; "-" if a cell is missing."""
+    columns = dict.fromkeys(column for row in rows.values() for column in row)
+    return [["", *columns]] + [[name, *(row.get(column, "-") for column in columns)]
+                               for name, row in rows.items()]
+
+
 def format_table(rows):
-    """Rows of cells, the first one the heading -> a table in Markdown."""
-    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    cells = [["<br>".join(str(cell).strip().splitlines()).replace("|", "\\|") for cell in row]
-             for row in rows]
-    return "\n".join("| " + " | ".join(map(prepare.printable, row)) + " |" for row in cells)
+    """Rows of cells, the heading first, or {row name: {column: cell}} -> a table in Markdown."""
+    rows = table_rows(rows) if isinstance(rows, dict) else rows
+    rows = [["<br>".join(str(cell).strip().splitlines()).replace("|", "\\|") for cell in row]
+            for row in rows]
+    rows = [[prepare.printable(cell) for cell in row] for row in rows]
+    widths = [min(50, max(3, *map(len, column))) for column in zip(*rows)]     # not a whole story
+    rows.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
 
 
 # ------------------------------------------------------------------------------------ command line

@@ -1,4 +1,4 @@
-"""What must be true of the grammar, of byte-pair encoding and of downloads: a list of claims."""
+"""What must be true of the grammar, tokenizers, data sets and downloads: a list of claims."""
 
 import contextlib
 import gzip
@@ -7,7 +7,10 @@ import http.server
 import math
 import random
 import re
+import subprocess
+import sys
 import threading
+import time
 from collections import Counter
 
 import numpy as np
@@ -148,6 +151,160 @@ def test_a_pruned_bpe_is_lossless(stories):
 
 def test_our_bpe_keeps_vowel_signs_with_their_letters():
     assert prepare.regex.findall(prepare.BPE_PATTERN, "हिन्दी की") == ["हिन्दी", " की"]
+
+
+# --------------------------------------------------------------------------------------- data sets
+
+RAW = ("Onçe upon 雪.\r\nYes.\n<|endoftext|>\nTwo â€œwordsâ€\x9d.\n<|endoftext|>\n \n"
+       "<|endoftext|>Onçe upon 雪.\nYes.<|endoftext|>\nIn both.\n<|endoftext|>\n"
+       "The last has no mark")
+
+
+def many(n, separator=prepare.EOT, story="Story {}. сказка"):
+    return separator.join(story.format(i) for i in range(n))
+
+
+def run(folder, text, *options, name="set", suffix=".txt"):
+    """Run prepare.py on a text -> meta.json, and the stories in train.bin and val.bin."""
+    path = folder / f"text{suffix}"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    prepare.main([str(folder / name), "--input", str(path), "--tokenizer", "bpe", "--vocab_size",
+                  "300", *map(str, options)])
+    meta, encoding = prepare.verify_dataset(folder / name), prepare.load_tokenizer(folder / name)
+    ids = [np.fromfile(folder / name / f"{split}.bin", np.uint16) for split in ("train", "val")]
+    assert all(row.max() < meta["vocab_size"] and row[-1] == meta["eot"] for row in ids)
+    return meta, *(encoding.decode(row.tolist()).split(prepare.EOT)[:-1] for row in ids)
+
+
+def test_stories_are_cleaned_counted_and_deduplicated(tmp_path):
+    (tmp_path / "v.txt").write_text("In both.\n<|endoftext|>\nOnly here.", encoding="utf-8")
+    meta, train, val = run(tmp_path, RAW, "--valid", tmp_path / "v.txt")
+    assert train == ["Onçe upon 雪.\nYes.", "Two “words”.", "The last has no mark"]
+    assert val == ["In both.", "Only here."] and meta["train"]["stories"] == 3
+    assert meta["train"]["bytes"] == sum(len(text.encode()) for text in train)
+    assert meta["counts"] == {"repaired: double-encoded quotes": 1, "dropped: empty": 1,
+                              "dropped: repeated": 1, "dropped: also in validation": 1}
+    options = "--valid", tmp_path / "v.txt", "--keep_duplicates", "--force"
+    assert run(tmp_path, RAW, *options)[0]["train"]["stories"] == 5
+
+
+@pytest.mark.parametrize("separator", [prepare.EOT, "\n", "\n\n"])
+def test_story_boundaries_do_not_depend_on_the_chunk_size(tmp_path, monkeypatch, separator):
+    (tmp_path / "t.txt").write_text(RAW + "\n \n\r\n\nEnd.\r\n\r\n", encoding="utf-8", newline="")
+    found = []
+    for chunk in (1 << 20, 64, 7, 1):
+        monkeypatch.setattr(prepare, "CHUNK_BYTES", chunk)
+        found.append(sum(prepare.read_stories(tmp_path / "t.txt", Counter(), separator), []))
+    assert all(stories == found[0] for stories in found) and len(found[0]) >= 5
+
+
+def test_validation_is_chosen_by_hash(tmp_path):
+    _, train, val = run(tmp_path, many(6_000))
+    assert len(val) == 60 and len(train) == 5_940 and not set(train) & set(val)
+    assert run(tmp_path, many(6_000), name="again")[2] == val
+    assert run(tmp_path, many(300), name="small")[0]["val"]["stories"] == 30
+
+
+@pytest.mark.parametrize("text, options, suffix", [
+    (many(50, "\n"), ["--separator", r"\n"], ".txt"),
+    (many(50, "\r\n \r\n"), ["--separator", r"\n\n"], ".txt"),
+    (many(50, "\n", '{{"text": "Story {}. \\u0441казка"}}'), [], ".txt"),
+    (many(50, "\n", '{{"id": 1, "story": "Story {}. сказка"}}') + "\n\n", [], ".jsonl")])
+def test_other_formats_contain_the_same_stories(tmp_path, text, options, suffix):
+    _, train, val = run(tmp_path, text, *options, suffix=suffix)
+    assert sorted(train + val) == sorted(many(50).split(prepare.EOT))
+
+
+@pytest.mark.parametrize("text, message", [
+    (b"", "0 stories found"), (b"One.", "1 story found.*separator"), (b"\n<|endoftext|>\n", "0 s"),
+    (many(60, story="Ёжик {} шёл.").encode("cp1251"), "not UTF-8.*iconv"),
+    (many(60, story="{} “It’s”").encode("cp1252"), "not UTF-8"), (b"\x1f\x8b\x08\0", "not UTF-8"),
+    (random.Random(0).randbytes(30_000), "not UTF-8"), (many(9).encode("utf-16-le"), "not UTF-8"),
+    ('[{"text": "a"},\n{"text": "b"}]', "like JSON"), ('{"prompt": "a"}\n', "like JSON"),
+    (many(9, "\n", '{{"text": "{}"}}') + '\n{"text": 1}', "like JSON"), ("A. " * 9_999, "1 story")])
+def test_an_unusable_text_is_refused_and_replaces_nothing(tmp_path, text, message):
+    before = run(tmp_path, many(20))[0]
+    with pytest.raises(SystemExit, match=message):
+        run(tmp_path, text, "--force")
+    assert prepare.verify_dataset(tmp_path / "set") == before
+
+
+def test_long_white_space_and_long_words_are_harmless(tmp_path):
+    text = many(30) + "Long" + "\n" * 1_100_000 + "end." + prepare.EOT + "xyz" * 10_000
+    meta, train, val = run(tmp_path, text)
+    assert meta["counts"] == {"repaired: long runs of white space": 1}
+    assert meta["vocab_size"] == run(tmp_path, many(31), name="plain")[0]["vocab_size"]
+
+
+def test_a_data_set_is_prepared_once(tmp_path, capsys):
+    run(tmp_path, many(30))
+    before = (tmp_path / "set" / "train.bin").stat().st_mtime_ns
+    run(tmp_path, many(30))
+    assert "is ready" in capsys.readouterr().out
+    for text, options in ((many(31), []), (many(30), ["--keep_duplicates"])):
+        with pytest.raises(SystemExit, match="--force"):
+            run(tmp_path, text, *options)
+    assert (tmp_path / "set" / "train.bin").stat().st_mtime_ns == before
+
+
+def test_several_files_and_the_tokenizer_of_a_run(tmp_path):
+    meta, *_ = run(tmp_path, many(30))
+    (tmp_path / "more.txt").write_text(many(20, story="More {}."))
+    prepare.main([str(tmp_path / "both"), "--input", str(tmp_path / "text.txt"),
+                  str(tmp_path / "more.txt"), "--tokenizer", str(tmp_path / "set")])
+    both, name = prepare.verify_dataset(tmp_path / "both"), "tokenizer.tiktoken"
+    assert both["train"]["stories"] + both["val"]["stories"] == 50
+    assert both["crc32"][name] == meta["crc32"][name] and both["pattern"] == meta["pattern"]
+
+
+def test_a_grammar_becomes_a_data_set_with_its_entropy(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "SAMPLE_STORIES", {"val": 50, "train": 400})
+    words = " | ".join(f"w{i}" for i in range(40))
+    grammar = f"a : {words}\nplot one\nwords a\nsummary s\n\n{{a}} {{a}} {{a}}.\n"
+    (tmp_path / "g.txt").write_text(grammar)
+    prepare.main([str(tmp_path / "set"), "--grammar", str(tmp_path / "g.txt")])
+    meta = prepare.verify_dataset(tmp_path / "set")
+    bits = meta["entropy_bound"]["bits_per_byte"] * meta["val"]["bytes"]
+    assert bits == pytest.approx(50 * 3 * math.log2(40)) and not prepare.grammar_changed(meta)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "tokenizer.tiktoken"])
+def test_every_flipped_bit_is_detected(tmp_path, name):
+    run(tmp_path, many(100))
+    path, rng = tmp_path / "set" / name, random.Random(0)
+    good = path.read_bytes()
+    for _ in range(50):
+        bad = bytearray(good)
+        bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
+        path.write_bytes(bad)
+        read = prepare.load_tokenizer if name.startswith("tok") else prepare.verify_dataset
+        with pytest.raises(SystemExit, match="python prepare.py .* --input .* --force"):
+            read(tmp_path / "set")
+
+
+@pytest.mark.parametrize("text", [
+    "[" * 300_000, "{", "[]", '{"vocab_size": 5}', '{"vocab_size": "x", "eot": 1}', "\udc80",
+    *(f'{{"vocab_size": 9, "eot": 8, {wrong}}}' for wrong in (
+        '"train": {"tokens": "x"}', '"counts": [1]', '"train": 7', '"pattern": 1'))])
+def test_a_damaged_meta_json_gets_one_sentence(tmp_path, text):
+    (tmp_path / "meta.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(SystemExit, match="meta.json"):
+        prepare.read_meta(tmp_path)
+
+
+def test_preparing_may_be_killed_at_any_moment(tmp_path):
+    (tmp_path / "t.txt").write_text(many(3000))
+    command = [str(prepare.HERE / "prepare.py"), str(tmp_path / "set"), "--input",
+               str(tmp_path / "t.txt"), "--tokenizer", "bpe", "--vocab_size", "400"]
+    for seconds in (0.5, 1.0, 1.5):
+        process = subprocess.Popen([sys.executable, *command], stderr=subprocess.DEVNULL)
+        time.sleep(seconds)
+        process.kill()
+        process.wait()
+        if (tmp_path / "set" / "meta.json").exists():
+            prepare.verify_dataset(tmp_path / "set")
+    prepare.main(command[1:])
+    assert prepare.verify_dataset(tmp_path / "set")["val"]["stories"] == 50
 
 
 # --------------------------------------------------------------------------------------- downloads

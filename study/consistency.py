@@ -24,7 +24,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # also works as a plain file
 import prepare
 import sample
-from grade import format_table
 from model import NonFiniteLogits, attention
 from study.facts import decided_words, held_out_stories, required_texts, split_story
 
@@ -225,13 +224,14 @@ def main(argv=None):
         error = 100 * math.sqrt(share * (1 - share) / args.n)
         rows[check] = {"right, %": f"{100 * share:.1f}", "standard error": f"{error:.1f}",
                        "right means": CHECKS[check]}
-    print(f"{args.n} endings, sampled in {time.time() - start:.1f} s\n\n{format_table(rows)}")
+    print(f"{args.n} endings, sampled in {time.time() - start:.1f} s\n\n"
+          + sample.format_table(rows))
     start, rows = time.time(), {}
     for kind, (n, correct, p, error) in score_pairs(model, tokenizer, stories).items():
         rows[kind] = {"pairs": n, "right word most likely, %": f"{correct:.1f}",
                       "its probability, %": f"{p:.2f}", "standard error": f"{error:.2f}"}
     print(f"\nMinimal pairs of {args.n} true endings, scored in {time.time() - start:.1f} s\n\n"
-          + format_table(rows))
+          + sample.format_table(rows))
 
 
 if __name__ == "__main__":

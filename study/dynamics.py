@@ -22,7 +22,6 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # also works as a plain file
 import prepare
 import sample
-from grade import format_table
 from study import consistency
 
 PROMPTS = ["Once upon a time, there was", "Tom had a red ball. One day,", "Lily was sad. Her mom"]
@@ -116,7 +115,7 @@ def main(argv=None):
             for name, share in consistency.check_endings(stories, endings).items():
                 checks.setdefault(name, []).append((step, 100 * share))
                 row[f"{name}, % right"] = f"{100 * share:.0f}"
-    parts = [f"# What {folder.resolve().name} learned when", format_table(cells),
+    parts = [f"# What {folder.resolve().name} learned when", sample.format_table(cells),
              "Losses in nats per token; % of endings that pass each check of study/consistency.py.",
              "![curves](dynamics.png)"]
     parts += [f"{prompt} ...\n\n{lines}" for prompt, lines in continuations.items()]

@@ -134,7 +134,7 @@ def build_page(model, tokenizer, meta, name):
     }
 
 
-def write_page(path, page):
+def write_html(path, page):
     template = Path(__file__).with_name("explore.html").read_text(encoding="utf-8")
     data = json.dumps(page).replace("<", "\\u003c")     # so that no text can end the script
     prepare.write_text(path, template.replace("DATA", data, 1))
@@ -152,7 +152,7 @@ def main(argv=None):
         raise SystemExit(f"The page would have {size:.0f} MB, too much for many browsers "
                          f"(at most {MAX_MB}). Add --force to write it anyway.")
     path = sample.results_folder(args.run) / "explore.html"
-    write_page(path, build_page(model, tokenizer, meta, path.parent.as_posix()))
+    write_html(path, build_page(model, tokenizer, meta, path.parent.as_posix()))
     print(f"Open {path.as_posix()} in a browser ({path.stat().st_size / 1e6:.1f} MB).")
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # also works as a plain file
 
-import judge
+import grade
 import prepare
 from data.grammar import format_record
 
@@ -90,10 +90,10 @@ def parse_reply(line):
     """A line of the log -> {"Words": the requested words that the story contains, "Summary",
     "Story"}, or the reason why the reply has no story (str)."""
     reply = line["reply"]
-    if reply["refusal"] or reply["finish"] in ("content_filter", "length"):
+    if reply["finish"] in ("content_filter", "length"):
         return "cut at its length limit" if reply["finish"] == "length" else "refused"
     text = reply["text"].encode("utf-8", "replace").decode()            # no lone surrogates
-    text = judge.strip_thinking(text).replace(prepare.EOT, " ").replace("\r\n", "\n")
+    text = grade.strip_thinking(text).replace(prepare.EOT, " ").replace("\r\n", "\n")
     if not (parts := re.search(REPLY, text)):
         return "not in the requested form" if text.strip() else "empty"
     named, summary, story = (part.strip(" \n*_`") for part in parts.groups())
@@ -134,20 +134,20 @@ def main(argv=None):
     add("--instruct", action="store_true", help="write records as in TinyStories-Instruct")
     add("--ood", action="store_true", help="with --instruct: no record has Words and Summary")
     add("--seed", type=int, default=0, help="another seed adds stories with other words")
-    judge.add_server_options(parser)
+    grade.add_server_options(parser)
     args = parser.parse_args(argv)
     if args.n < 1 or args.out.suffix != ".txt" or args.out.is_dir():
         parser.error("--n must be at least 1, and --out a text file like data/mine.txt")
-    client = judge.Client(args, args.teacher, TEMPERATURE, MAX_TOKENS)
+    client = grade.Client(args, args.teacher, None, TEMPERATURE, MAX_TOKENS)
     path, lists, failures = args.out.with_suffix(".jsonl"), read_words(), Counter()
-    log = {line.get("key"): line for line in judge.read_lines(path)}
+    log = {line.get("key"): line for line in grade.read_lines(path)}
     if any(line.get("language") != args.language for line in log.values()) or (
             args.out.exists() and not path.exists()):
         raise SystemExit(f"{args.out} or {path} was not written by this command, or is in another "
                          "language. Give another --out.")
     items = [build_request(lists, args.seed, i, args.language) for i in range(args.n)]
     for item in items:
-        item["key"] = judge.digest(client.name, client.url, args.seed, item["request"])
+        item["key"] = grade.digest(client.name, client.url, args.seed, item["request"])
     todo = [item for item in items if item["key"] not in log]
 
     def ask(item):
@@ -155,14 +155,14 @@ def main(argv=None):
             failures[f"failed: {reply}"] += 1
             return
         log[item["key"]] = {**item, "teacher": client.name, "url": client.url, "reply": reply}
-        judge.append_line(path, log[item["key"]])
+        grade.append_line(path, log[item["key"]])
 
     if todo or args.dry_run:
-        judge.confirm_cost(client, f"{args.n:,} stories, {len(todo):,} of them to request",
+        grade.confirm_cost(client, f"{args.n:,} stories, {len(todo):,} of them to request",
                            [item["request"] for item in todo or items], len(todo), 330 * len(todo))
         args.out.parent.mkdir(parents=True, exist_ok=True)
         path.touch()                        # fails before anything is paid
-        judge.ask_all(client, ask, todo, "stories")
+        grade.ask_all(client, ask, todo, "stories")
     print(f"{args.out} ({client.spent_text()} spent now)")
     for what, count in (write_stories(args, log) + failures).most_common():
         print(f"{count:,} {prepare.printable(what)}")

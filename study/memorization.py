@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # also works as 
 
 import prepare
 import sample
-from grade import format_table
 
 KS = (1, 2, 3, 4, 5)            # tokens of a k-gram
 MIN_TOKENS = 20                 # shorter completions are left out: chance hits are common
@@ -175,7 +174,7 @@ def main(argv=None):
     for k in KS:
         cells = [f"{share:.1%}" for share in novel[k]] + ["most" if k > 3 else "-"]
         rows[f"(c) {k}-grams in no story"] = dict(zip(COLUMNS, cells))
-    table = format_table(dict(sorted(rows.items())))
+    table = sample.format_table(dict(sorted(rows.items())))
     title = (f"{novel[5][0]:.1%} of the 5-grams that {folder.resolve().name} writes occur in no "
              f"training story (true endings: {novel[5][1]:.1%})")
     facts = (f"{n} completions at temperature {args.temperature:g}, {len(ends):,} training "

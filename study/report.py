@@ -28,8 +28,7 @@ from matplotlib.figure import Figure
 import grade
 import prepare
 import sample
-from grade import ANCHORS, by_prompt, format_interval, mean_interval
-from judge import METRICS, VERDICTS, read_lines, render_page
+from grade import ANCHORS, METRICS, VERDICTS, by_prompt, mean_interval, render_page
 from model import read_checkpoint
 
 HEAD = """<!-- written by study/report.py -->
@@ -40,13 +39,9 @@ pre { white-space: pre-wrap; font: inherit } i { color: #777 } pre + pre { color
 
 
 def log_lines(items):
-    """The log lines about these stories, from their folders and the neighbor folders."""
-    folders = {item["folder"].resolve() for item in items}
-    logs = {log for folder in folders
-            for log in [folder / grade.LOG, *folder.parent.glob(f"*/{grade.LOG}")]}
+    """The log lines about these stories."""
     pages = {render_page(item) for item in items}
-    return [line for log in sorted(logs) for line in read_lines(log)
-            if "turn" in line and render_page(line) in pages]
+    return [line for line in grade.read_log(items) if render_page(line) in pages]
 
 
 def judges_in(items):
@@ -63,6 +58,22 @@ def mean_grade(item):
     if item["task"] == "probes":
         return -VERDICTS.index(item["grades"]["verdict"])
     return np.mean([item["grades"][metric] for metric in METRICS])
+
+
+def normalized_score(items, by_model):
+    """Where a model is between random words (0 %) and true endings (100 %), with its interval; None
+    if no judge or no true ending makes a scale. The same prompts for all three; delta method."""
+    model, best, worst = (by_prompt(stories, *METRICS) for stories in (
+        items, by_model.get(ANCHORS[0], []), by_model.get(ANCHORS[-1], [])))
+    prompts = [prompt for prompt in model if prompt in best and prompt in worst]
+    gains, scales = (np.array([np.mean(grades[p]) - np.mean(worst[p]) for p in prompts])
+                     for grades in (model, best))
+    mean, half = mean_interval([[scale] for scale in scales])
+    if not mean - half > 0:
+        return None
+    ratio = gains.mean() / mean
+    _, half = mean_interval([[rest] for rest in gains - ratio * scales])
+    return 100 * ratio, 100 * half / mean
 
 
 def spearman(pairs):
@@ -100,7 +111,7 @@ def agreement_rows(items):
             rows[f"{a} - {b}"] = {
                 "stories": sum(map(len, groups.values())), "prompts": len(groups),
                 "rank correlation": f"{rho:.2f} [{low:.2f}, {high:.2f}]".replace("nan", "-"),
-                "mean difference": format_interval(mean_interval(
+                "mean difference": grade.format_interval(mean_interval(
                     [[x - y for x, y in pairs] for pairs in groups.values()]), "+.2f")}
     return rows
 
@@ -109,7 +120,8 @@ def probe_rows(by):
     """Right/partly/wrong for each kind of probe, as in the paper's Figures 9-11."""
     rows = {}
     for name, items in by.items():
-        counts = Counter((item.get("kind", "all"), item["grades"].get("verdict")) for item in items)
+        counts = Counter((item.get("kind") or "all", item["grades"].get("verdict"))
+                         for item in items)
         rows[name] = {kind: "/".join(str(counts[kind, verdict]) for verdict in VERDICTS)
                       for kind, _ in counts}
     return rows
@@ -136,7 +148,7 @@ def judge_rows(items):
     sent = Counter(", ".join(reply["sent"]) or "no parameters" for reply in replies)
     reasons = Counter(item["reason"] for item in items if not item["grades"])
     runs = {f"{item['model']} {item['checkpoint']}, temperature {item['temperature']}, seed "
-            f"{item['seed']}" for item in items if item["checkpoint"] and "seed" in item}
+            f"{item['seed']}" for item in items if "seed" in item}
     rows = {
         "judge asked for": describe_judge(*(items[0][x] for x in ("judge", "url", "repeat"))),
         "judge returned": ", ".join({str(reply["model"]) for reply in replies}),
@@ -154,11 +166,8 @@ def escape(text):
 
 def html_table(rows):
     """{row name: {column: cell}} -> a table."""
-    columns, text = dict.fromkeys(column for row in rows.values() for column in row), ""
-    for name, row in {"": dict(zip(columns, columns)), **rows}.items():
-        cells = [name, *(row.get(column, "-") for column in columns)]
-        text += "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>\n"
-    return f"<table>{text}</table>" if rows else "<p>none</p>"
+    lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in sample.table_rows(rows)]
+    return "<table><tr>" + "</tr>\n<tr>".join(lines) + "</tr></table>" if rows else "<p>none</p>"
 
 
 def plot_grades(by, title):
@@ -202,9 +211,8 @@ def main(argv=None):
     parser.set_defaults(judge="")
     args = parser.parse_args(argv)
     if (log := Path(args.runs[0])).name == grade.LOG:
-        known = {row["prompt"]: row for row in grade.read_prompts(args.task)}
-        items = [{**known.get(line["prompt"], {}), **line, "folder": log.parent}
-                 for line in read_lines(log) if line.get("task") == args.task]
+        items = [{**line, "folder": log.parent} for line in grade.read_lines(log)
+                 if line.get("task") == args.task and "turn" in line]
         items = [*{(x["model"], x["rep"], render_page(x)): x for x in items}.values()]
     else:
         args = grade.parse_args(parser, argv)
@@ -223,11 +231,10 @@ def main(argv=None):
         parts += [html_table(rows), "<h2>Right / partly / wrong</h2>", html_table(kinds)]
     else:
         for model, stories in by.items():
-            rows[model]["empty"] = sum(item["empty"] for item in stories)
             rows[model]["prompts"] = len(by_prompt(stories, *METRICS))
-            if model in models and (score := grade.normalized_score(stories, by)):
-                rows[model]["anchor-normalized"] = format_interval(score, ".0f") + " %"
-        differences = {f"{a} - {b}": {metric: format_interval(grade.paired_interval(
+            if model in models and (score := normalized_score(stories, by)):
+                rows[model]["anchor-normalized"] = grade.format_interval(score, ".0f") + " %"
+        differences = {f"{a} - {b}": {metric: grade.format_interval(grade.paired_interval(
             by_prompt(by[a], metric), by_prompt(by[b], metric)), "+.2f") for metric in METRICS}
             for a, b in itertools.combinations(models, 2)}
         paper = paper_rows(by, ["instruct"] if args.task == "instruct" else METRICS)
@@ -243,7 +250,7 @@ def main(argv=None):
     if path.exists() and not path.read_bytes().startswith(HEAD[:30].encode()):
         raise SystemExit(f"{path} was not written by this command; move it away first")
     prepare.write_text(path, "".join([*parts, "<h2>Stories</h2>", render_stories(items)]))
-    print(f"{grade.format_table(rows)}\nReport: {path}")
+    print(f"{sample.format_table(rows)}\nReport: {path}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # also works as 
 import prepare
 import sample
 import train
-from grade import format_table
 from study import consistency
 from study.dynamics import loss_axis, read_log
 
@@ -129,7 +128,7 @@ def write_report(folder, rows, n):
             gaps = [loss - entropy for loss in losses.values()]
             cell["undertraining"] = f"{1 - min(gaps) / max(gaps):.0%}"
         cell |= {name: f"{value:.3g}" for name, value in row["scores"].items()}
-    table = format_table(cells)
+    table = sample.format_table(cells)
     laws = {name: {letter: f"{value:.3f} ± {2 * error:.3f}"
                    for letter, value, error in zip("EaA", law, errors)}
             for name, _, _, law, errors in fits}
@@ -147,7 +146,7 @@ budget removed. Checks: % of {n} endings that are right (study/consistency.py).
 
 ## The scaling law L(N) = E + A / N^a, with N in 100,000 parameters
 
-{format_table(laws)}
+{sample.format_table(laws)}
 
 ±: two standard errors (jackknife over the models, one seed each). {limit}
 

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # also works as 
 
 import grade
 import prepare
-from grade import ANCHORS
-from judge import METRICS, STORY, Client, read_grade
+import sample
+from grade import ANCHORS, METRICS, STORY, read_grade
 from study import report
 
 EXAMPLE = f"Type {len(METRICS)} grades from 0 to 10 ({', '.join(METRICS)}), for example: 7 6 8 7"
@@ -53,17 +53,17 @@ def parse_line(line):
 
 
 class Human:
-    """Answers like judge.Client, from the keyboard."""
-    def ask(self, messages, schema=None):
-        text = "" if schema else "(by hand)"            # the first turn is prose
-        for line in messages[2]["content"].split("\n")[1:-1] if schema else ():
+    """Answers like grade.Client, from the keyboard."""
+    def ask(self, messages, turn=0):
+        text = "(by hand)" if turn == 0 else ""            # the first turn is prose
+        for line in messages[2]["content"].split("\n")[1:-1] if turn else ():
             print(textwrap.fill(prepare.printable(line), 80))
         while not text:
             try:
-                text = json.dumps({**parse_line(input("\n> ")), "age": "not asked"})
+                text = json.dumps({**parse_line(input("\n> ")), "age": "-"})
             except ValueError as error:
                 print(f"{error} {EXAMPLE}")
-        return {"text": text, "refusal": None, "finish": "stop", "tokens": [0, 0], "model": "me",
+        return {"text": text, "finish": "stop", "tokens": [0, 0], "model": "me",
                 "sent": [], "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
 
@@ -79,7 +79,7 @@ def show_result(pages, items):
             print(f"page {number}: {item['model']}, {report.mean_grade(item):.1f}")
     rows = report.agreement_rows(items)
     if rows := {name: rows[name] for name in rows if "me" in name.split(" - ")}:
-        print(f"\nAgreement with other judges:\n\n{grade.format_table(rows)}")
+        print(f"\nAgreement with other judges:\n\n{sample.format_table(rows)}")
 
 
 def main(argv=None):
@@ -89,16 +89,17 @@ def main(argv=None):
     args = grade.parse_args(parser, argv)
     if args.task == "probes":
         parser.error("the game has stories only, no --task probes")
-    items = grade.gather(args, Client(args, "none"))
+    items = grade.gather(args)
     grade.attach_replies(items, "me", "")
-    unique = {item["key"]: item for item in items if not item["empty"]}.values()
+    shown = [item for item in items if grade.is_open(item) or item["replies"]]      # not empty
+    unique = {item["key"]: item for item in shown}.values()
     pages = order_pages(unique, random.Random(args.seed))
     done = next((i for i, item in enumerate(pages) if not item["grades"]), len(pages) - 1)
     pages = pages[done // 10 * 10:][:10]            # those of this game
     print(textwrap.fill(STORY[1].partition(" Then guess")[0], 80) + f"\n\n{EXAMPLE}")
     try:
         for number, item in enumerate(pages, 1):
-            if item["open"]:
+            if grade.is_open(item):
                 print(f"\n---- page {number} of {len(pages)} ----\n")
                 grade.judge_story(Human(), item)
     except (KeyboardInterrupt, EOFError):

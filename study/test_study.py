@@ -1,34 +1,47 @@
 """What must be true of the studies: a list of claims. Nothing here needs a network or a judge."""
 
 import copy
-import grade
-import http.server
 import json
 import math
-import numpy as np
 import os
-import prepare
-import pytest
 import random
 import re
-import sample
 import shlex
 import shutil
 import subprocess
 import sys
-import threading
+import types
+from dataclasses import asdict
+from pathlib import Path
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
+
+import grade
+import prepare
+import sample
+import test_model
 import train
-import types
 from data.grammar import GRAMMAR, Story, read_grammar
-from dataclasses import asdict
 from model import GPT, GPTConfig
-from pathlib import Path
-from study import bench, consistency, dynamics, explore, facts, generate, hf, memorization, report, scaling, teacher
+from study import (
+    bench,
+    consistency,
+    dynamics,
+    explore,
+    facts,
+    generate,
+    hf,
+    memorization,
+    report,
+    scaling,
+    teacher,
+)
 from study.consistency import attention_weights
 from study.facts import held_out_stories
-from unittest.mock import Mock
 
 # ---------------------------------------------------------------------------------- our own grammar
 
@@ -298,7 +311,7 @@ def open_page(browser, folder, dataset="own", change=(), **switches):
     model, tokenizer, meta = sample.load_run(folder, "cpu", torch.float32)
     page = explore.build_page(model, tokenizer, meta, "run")
     page["config"].update(change)
-    explore.write_page(folder / "explore.html", page)
+    explore.write_html(folder / "explore.html", page)
     browser.open(folder / "explore.html")
     return model, tokenizer
 
@@ -557,38 +570,22 @@ def test_the_notebook_runs_from_top_to_bottom_twice(data, tmp_path, monkeypatch)
 # ---------------------------------------------------------------------------------------- the judge
 
 GRADES = {"grammar": 8, "creativity": 7, "consistency": 6, "plot": 5, "age": "D"}
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """A judge on this machine; server.reply(messages) -> the text of its reply."""
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            server.requests.append(body["messages"])
-            message = {"content": server.reply(body["messages"])}
-            reply = json.dumps({"choices": [{"message": message}], "model": "m-1"})
-            self.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n" + reply.encode())
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.url, server.requests = f"http://127.0.0.1:{server.server_port}/v1", []
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    monkeypatch.chdir(tmp_path)
-    return server
+server = test_model.server         # the fixture: a judge on this machine
 
 
 def report_page(server, stories, *options, grades=lambda page: GRADES):
     """Stories as (model, prompt, completion) -> the page of the report, once they are graded."""
     lines = [json.dumps(dict(zip(("model", "prompt", "completion"), x))) for x in stories]
     Path("stories.jsonl").write_text("\n".join(lines))
-    server.reply = lambda messages: "Fine." if len(messages) == 5 else json.dumps(
-        grades(messages[2]["content"]))
+    server.reply = lambda request: "Fine." if len(request["messages"]) == 5 else json.dumps(
+        grades(request["messages"][2]["content"]))
     for program in (grade, report):
         program.main(["stories.jsonl", "--base-url", server.url, "--judge", "kind", *options])
     return max(Path().glob("report*.html"), key=lambda path: path.stat().st_mtime_ns).read_text()
 
 
-def write_story(messages):
-    words = ", ".join(re.findall('the [a-z]+ "(.+?)"', messages[0]["content"]))
+def write_story(request):
+    words = ", ".join(re.findall('the [a-z]+ "(.+?)"', request["messages"][0]["content"]))
     return f"Words: {words}\nSummary: Tom plays.\nStory:\nTom saw {words}.\n\nTom sat. And he ran."
 
 
@@ -602,6 +599,16 @@ def test_spearman_is_the_correlation_of_mean_ranks():
     assert report.spearman([(1, 10), (2, 20), (3, 90)]) == pytest.approx(1)
     assert report.spearman([(5, 2), (5, 1), (6, 3), (9, 3)]) == pytest.approx(
         np.corrcoef([1.5, 1.5, 3, 4], [2, 1, 3.5, 3.5])[0, 1])
+
+
+def test_normalized_score_is_the_way_from_random_words_to_true_endings():
+    def graded(values):
+        return [{"prompt": str(i), "grades": dict.fromkeys(grade.METRICS, value)}
+                for i, value in enumerate(values)]
+    by = {name: graded([best - i % 2 for i in range(9)])
+          for name, best in zip(grade.ANCHORS, (9, 6, 1))}
+    assert report.normalized_score(graded([5, 4, 5, 4]), by) == pytest.approx((50, 0))
+    assert report.normalized_score(graded([5, 4, 5, 4]), {**by, grade.ANCHORS[0]: []}) is None
 
 
 def test_the_interval_of_the_rank_correlation_covers_the_true_value():
@@ -672,7 +679,7 @@ def test_inflections_count_as_the_word(kind, word, forms, wrong):
 
 
 def test_the_requested_words_count_and_not_those_that_the_teacher_names(server, capsys):
-    run_generate(server, "--n", "1", reply=lambda messages:
+    run_generate(server, "--n", "1", reply=lambda request:
                  "Words: sun, moon, star\nSummary: Sky.\nStory:\nThe sun, the moon and a star.")
     assert "1 without a requested word" in capsys.readouterr().out
 
