@@ -26,7 +26,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import requests
 from tqdm import tqdm
 
 import prepare
@@ -224,7 +223,7 @@ class Client:
         self.price = PRICES.get(model)
         self.max_cost = np.inf if args.max_cost is None else args.max_cost
         self.spent, self.stop, self.stopped = 0.0, "", threading.Event()
-        self.works, self.failures = False, 0
+        self.works, self.failures, self.api = False, 0, None
 
     def halt(self, why):
         self.stop = self.stop or why
@@ -237,30 +236,40 @@ class Client:
     def spent_text(self):
         return f"at most ${self.spent:.2f}" if self.price else "an unknown amount"
 
+    def connect(self):
+        """The client of the openai package, made at the first request (importing it takes time)."""
+        import openai
+        with LOCK:
+            try:
+                self.api = self.api or openai.OpenAI(api_key=self.key, base_url=self.url,
+                                                     timeout=self.timeout, max_retries=0)
+            except (ImportError, ValueError) as error:      # SOCKS without its package, for example
+                self.halt(f"Wrong --base-url, or wrong proxy in the environment: {error}")
+        return openai
+
     def send(self, messages, parameters):
         """One request -> HTTP status (0: no connection), body, seconds that it asks to wait."""
-        slow = False
+        openai, slow = self.connect(), False
         self.slots.acquire()
         try:
             if self.stop:
                 return 0, self.stop, 0
-            response = requests.post(
-                f"{self.url}/chat/completions", timeout=self.timeout,
-                headers={"Authorization": f"Bearer {self.key}"},
-                json={"model": self.name, "messages": messages, **parameters})
-        except requests.ReadTimeout:
+            response = self.api.chat.completions.with_raw_response.create(
+                model=self.name, messages=messages, **parameters).http_response
+            response.read()
+        except openai.APITimeoutError:
             with LOCK:                      # fewer requests at a time: this slot stays taken
                 slow = self.workers > 1
                 self.workers -= slow
             return 504, f"no reply within {self.timeout:g} s (--timeout)", 0
-        except requests.RequestException as error:
-            if isinstance(error, ValueError):       # SOCKS without its package, for example
-                self.halt(f"Wrong --base-url, or wrong proxy in the environment: {error}")
-            return 0, f"cannot reach {self.url}: {error}", 0
+        except openai.APIConnectionError as error:
+            return 0, f"cannot reach {self.url}: {error.__cause__ or error}", 0
+        except openai.APIStatusError as error:
+            response = error.response
         finally:
             if not slow:
                 self.slots.release()
-        wait = response.headers.get("Retry-After", "")
+        wait = response.headers.get("retry-after", "")
         body = response.content.decode("utf-8", "replace").replace(self.key, "***")
         return response.status_code, body, int(wait) if wait.isdecimal() else 0
 
