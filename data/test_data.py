@@ -145,6 +145,10 @@ def test_a_pruned_bpe_is_lossless(stories):
     assert small.n_vocab <= 600 and small.eot_token == small.n_vocab - 1
     for other in (text, "Zoë saw 雪 and 🦊!\r\n\t\0 “yes”", "<|endoftext|>"):
         assert small.decode(small.encode_ordinary(other)) == other
+    for word in set(re.findall(r" ?\w+", text)):        # same boundaries where all tokens are kept
+        tokens = full.decode_tokens_bytes(full.encode_ordinary(word))
+        if all(token in small._mergeable_ranks for token in tokens):
+            assert small.decode_tokens_bytes(small.encode_ordinary(word)) == tokens
     everything = prepare.make_encoding(prune_bpe(ranks, used + 1, 10_000))
     assert everything.encode_ordinary(text) == full.encode_ordinary(text)
 
