@@ -630,6 +630,7 @@ def parse_args(parser, argv=None):
 
 
 def main(argv=None):
+    prepare.setup_console()
     args = parse_args(build_parser(), argv)
     if args.judge == "me":
         raise SystemExit(f"Be the judge: python -m study.teacher {shlex.join(args.runs)}")
