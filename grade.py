@@ -8,7 +8,7 @@
     python grade.py stories.jsonl                   # {"prompt", "completion", "model"} per line
 
 The key is read from OPENAI_API_KEY. Stories go to completions.jsonl and replies to grades.jsonl in
-the run's folder: the same command continues, and nothing is paid twice. See arXiv 2305.07759.
+the run's folder: run the same command to continue; nothing is paid twice. See arXiv 2305.07759.
 """
 
 import argparse
@@ -101,7 +101,7 @@ def grade_schema(task):
 
 # ------------------------------------------------------------------- what the judge replied
 
-# A line like "- **Grammar score:** 7/10", or a pair of JSON, also {"grammar": {"score": 7}}.
+# A line like "- **Grammar score:** 7/10", or a JSON pair, also {"grammar": {"score": 7}}.
 SUFFIX = "(?:score|grade|group)"
 PAIR = (r"(?i)[\s|•·\[{-]*(?:[0-9][.)] )?(?:\w+: ?\{)*?(grammar|creativity|consistency|plot|age"
         rf"|verdict|score|grade)[ _-]?{SUFFIX}?(?: ?[:：=|] ?| [-–—] )(?:\{{{SUFFIX}: ?)?(.*?)"
@@ -127,7 +127,7 @@ def read_grade(name, text):
         return text[0].upper() if match and (len(text) == 1 or text in STORY[1]) else None
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(?: ?(?:/|out of) ?10)?", text)
     grade = float(match[1]) if match else -1
-    return grade if grade == 0 or 1 <= grade <= 10 else None        # 0.7 is of another scale
+    return grade if grade == 0 or 1 <= grade <= 10 else None        # 0.7: another scale
 
 
 def parse_grades(text, task):
@@ -154,8 +154,8 @@ def parse_grades(text, task):
 
 
 def add_reply(item, reply):
-    """Take in a reply. One that is empty, or cut and unreadable, is not counted as a turn: the next
-    command asks again."""
+    """Add a reply to an item. One that is empty, or cut off and unreadable, does not count as a
+    turn: the next command asks again."""
     text = strip_thinking(reply["text"])
     why = "" if text else "an empty reply"
     if item["replies"] and text:
@@ -179,8 +179,8 @@ LOCK = threading.Lock()         # one thread at a time writes a line or counts d
 
 
 def append_line(path, record):
-    """Add a JSON line; it is on the disk when this returns. The newline comes first, for a crash
-    may have cut the last line."""
+    """Append a JSON line and flush it to the disk. The newline comes first, because a crash may
+    have cut the last line."""
     with LOCK, open(path, "ab") as file:
         file.write(b"\n" + json.dumps(record).encode())
         file.flush()
@@ -201,12 +201,12 @@ def read_lines(path):
 class Client:
     """A model on a server. ask() may run in many threads.
 
-    stop: why nothing is sent any more, or "". spent: dollars, at most. parameters: for each turn,
+    stop: why nothing more is sent, or "". spent: at most, in dollars. parameters: for each turn,
     the sets of parameters to try; only one is left after a success."""
 
     def __init__(self, args, model, schema=None, temperature=0, max_tokens=1000):
         self.args, self.name, self.url = args, model, args.base_url.rstrip("/")
-        self.is_local = self.url.startswith("http://")      # what is elsewhere has https://
+        self.is_local = self.url.startswith("http://")      # remote servers have https://
         self.key = os.environ.get("OPENAI_API_KEY") or "local" * self.is_local
         if not (args.dry_run or model == "none" or re.fullmatch("[!-~]+", self.key)):
             raise SystemExit(f"{self.url} needs a key, without spaces or line breaks: export "
@@ -237,18 +237,18 @@ class Client:
         return f"at most ${self.spent:.2f}" if self.price else "an unknown amount"
 
     def connect(self):
-        """The client of the openai package, made at the first request (importing it takes time)."""
+        """Create the openai client at the first request (slow to import) -> the openai module."""
         import openai
         with LOCK:
             try:
                 self.api = self.api or openai.OpenAI(api_key=self.key, base_url=self.url,
                                                      timeout=self.timeout, max_retries=0)
-            except (ImportError, ValueError) as error:      # SOCKS without its package, for example
+            except (ImportError, ValueError) as error:      # e.g. SOCKS without its package
                 self.halt(f"Wrong --base-url, or wrong proxy in the environment: {error}")
         return openai
 
     def send(self, messages, parameters):
-        """One request -> HTTP status (0: no connection), body, seconds that it asks to wait."""
+        """One request -> HTTP status (0: no connection), body, seconds to wait (Retry-After)."""
         openai, slow = self.connect(), False
         self.slots.acquire()
         try:
@@ -274,7 +274,7 @@ class Client:
         return response.status_code, body, int(wait) if wait.isdecimal() else 0
 
     def ask(self, messages, turn=0):
-        """-> the reply, as it is stored, or why there is none (str). After a failure, it tries
+        """-> the reply (dict, as stored), or why there is none (str). After a failure, it tries
         again, leaves parameters out, gives up, or stops all requests."""
         sets, tries, first_error = [*self.parameters[turn]], 0, ""
         most = self.cost(len(str(messages)) / 3, self.max_tokens)
@@ -317,7 +317,7 @@ class Client:
             else:
                 self.failures += passing or not self.works
                 if self.failures >= 5:
-                    self.halt(f"{self.url} fails again and again. {error}")
+                    self.halt(f"{self.url} fails repeatedly. {error}")
                 return first_error
         return first_error or self.stop
 
@@ -325,7 +325,7 @@ class Client:
 def read_reply(body):
     """The body of a response -> what is stored of it, or None."""
     try:
-        if "data:" in body[:99] and body.lstrip()[:1] != "{":   # always streams: join the pieces
+        if "data:" in body[:99] and body.lstrip()[:1] != "{":   # a stream: join its chunks
             chunks = [json.loads(line) for line in re.findall(r"(?m)^data: ?(\{.*)", body)]
             choices = [chunk["choices"][0] for chunk in chunks if chunk.get("choices")]
             text = "".join(choice["delta"].get("content") or "" for choice in choices)
@@ -334,7 +334,7 @@ def read_reply(body):
             data = json.loads(body)
         choice, usage = data["choices"][0], data.get("usage") or {}
         text = choice["message"].get("content") or choice["message"].get("refusal") or ""
-        if isinstance(text, list):          # in parts
+        if isinstance(text, list):          # content parts
             text = "".join(part.get("text", "") for part in text)
         tokens = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
         return {"text": text, "finish": choice.get("finish_reason"), "model": data.get("model"),
@@ -372,7 +372,7 @@ def ask_all(client, ask, items, label):
                     break
             for _ in pool.map(lambda item: client.stop or ask(item), items):
                 bar.update()
-        except BaseException as error:      # Ctrl-C, a full disk: pay for nothing more
+        except BaseException as error:      # Ctrl-C, a full disk: send nothing more
             client.halt("Stopped")
             if not isinstance(error, KeyboardInterrupt):
                 raise
@@ -384,17 +384,17 @@ def add_server_options(parser):
         default=os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1")
     add("--workers", type=int, help="requests at a time (default 8; 1 on a local server)")
     add("--timeout", type=float, help="seconds for a reply (default 60; 600 on a local server)")
-    add("--max-tokens", type=int, help="of a reply, with its thinking")
+    add("--max-tokens", type=int, help="limit per reply, including its thinking")
     add("--dry-run", action="store_true", help="show a request and the price; send nothing")
-    add("--max-cost", type=float, help="stop before this command has spent so many dollars")
-    add("--yes", action="store_true", help="send also what costs more than $1")
+    add("--max-cost", type=float, help="stop before spending this many dollars")
+    add("--yes", action="store_true", help="continue although it costs more than $1")
 
 
 # ------------------------------------------------------------------- stories and anchors
 
 def read_prompts(task, path=None, synthetic=False):
     """-> [{"prompt", perhaps "ending", "right", "kind", "Words", ...}]. synthetic: of our own
-    prompts, only those in the words of data/grammar.txt."""
+    prompts, only those in the vocabulary of data/grammar.txt."""
     file = Path(path or prepare.HERE / "data" / TASKS[task][1])
     text = file.read_text("utf-8")
     if file.suffix == ".jsonl":
@@ -414,8 +414,8 @@ def read_prompts(task, path=None, synthetic=False):
 
 
 def complete(path, args):
-    """A run's args.n completions of each prompt. completions.jsonl has those that the same
-    checkpoint and the same code have made before. A dry run makes one of each."""
+    """A run's args.n completions of each prompt. Those of the same checkpoint and code are
+    reused from completions.jsonl. A dry run generates one per prompt."""
     file, folder = sample.find_run(path), sample.results_folder(path)
     synthetic = prepare.read_meta(file.parent).get("dataset") in prepare.SAMPLES
     rows, model, items = read_prompts(args.task, args.prompts, synthetic), None, []
@@ -440,7 +440,7 @@ def complete(path, args):
 
 
 def read_stories(path, task):
-    """Stories from anywhere, one JSON object per line; repeated ones count once."""
+    """Stories from a file, one JSON object per line; repeated ones count once."""
     needed, items = ["model", "prompt", "completion", *["right"] * (task == "probes")], {}
     for line in read_lines(path):
         item = {"model": path.stem, **line, "rep": 0, "folder": path.parent}
@@ -589,7 +589,7 @@ def summary_rows(items):
             cells["age"] = sorted([grade["age"] for grade in grades] or "-")[len(grades) // 2]
         ends = [item["completion"].rstrip()[-1:] in [*'.!?"”'] for item in stories]
         cells["complete endings"] = f"{np.mean(ends):.0%}"
-        words = [bool(re.search(rf"(?i)\b{re.escape(word)}", item["completion"]))    # any ending
+        words = [bool(re.search(rf"(?i)\b{re.escape(word)}", item["completion"]))    # any suffix
                  for item in stories for word in re.findall(r"[^\s,]+", item.get("Words", ""))]
         if words:
             cells["required words"] = f"{np.mean(words):.0%}"
@@ -606,18 +606,18 @@ def build_parser():
     add("--task", default="story", choices=TASKS)
     add("--n", type=int, default=10, help="completions of each prompt (default %(default)s)")
     add("--prompts", help="a file like those in data/, or the paper's evaluation_prompts.yaml")
-    add("--judge", default="gpt-6-luna", help="a model of the server, or none")
-    add("--repeat", type=int, default=0, help="another number: grade again, to see the noise")
+    add("--judge", default="gpt-6-luna", help="a model on the server, or none")
+    add("--repeat", type=int, default=0, help="a new number grades again, to see the noise")
     add("--anchors", action=argparse.BooleanOptionalAction, default=True,
-        help="grade also true endings, shuffled sentences and random words")
-    add("--max_new_tokens", type=int, default=400, help="of a completion")
+        help="also grade true endings, shuffled sentences and random words")
+    add("--max_new_tokens", type=int, default=400, help="limit per completion")
     sample.add_sampling_options(parser, temperature=1.0)
     add_server_options(parser)
     return parser
 
 
 def parse_args(parser, argv=None):
-    if parser.parse_known_args(argv)[0].task == "probes":       # short answers, the likeliest
+    if parser.parse_known_args(argv)[0].task == "probes":       # short answers, greedy
         parser.set_defaults(n=1, temperature=0.0, max_new_tokens=40)
     args = sample.parse_args(parser, argv)
     if args.n < 1 or args.max_new_tokens < 1:
@@ -625,7 +625,7 @@ def parse_args(parser, argv=None):
     for name in [*args.runs, args.prompts or ""]:
         if name.endswith((".jsonl", ".txt", ".yaml")) and not Path(name).is_file() or \
                 Path(name).name == LOG:
-            parser.error(f"{name} is no file of stories or prompts")
+            parser.error(f"{name} is not a file of stories or prompts")
     return args
 
 
@@ -660,7 +660,7 @@ def main(argv=None):
         print(f"unscored: {n} x {reason}", file=sys.stderr)
     print(f"Stories and replies: python -m study.report {shlex.join(argv or sys.argv[1:])}")
     if client.stop or sum(unscored.values()) > 0.05 * len(items):
-        print(f"{client.stop or 'Many are unscored'}. The same command continues.", file=sys.stderr)
+        print(f"{client.stop or 'Many are unscored'}. Run it again to continue.", file=sys.stderr)
         return 3
     return 0
 

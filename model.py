@@ -1,10 +1,10 @@
 """How does a transformer predict the next token?
 
-A GPT written out in full: GPT(config)(idx, targets) -> logits, loss. The defaults are a modern
-recipe (rotary positions, RMS norm, normalized queries and keys, squared ReLU, value residual);
+A GPT written out in full: GPT(config)(idx) -> logits, None; with targets -> None, loss. The defaults
+are a modern recipe (rotary positions, RMS norm, normalized queries and keys, squared ReLU, value residual);
 config/paper_8m.py sets the switches to the paper's GPT-Neo (arXiv 2305.07759).
 
-Tensor axes: B batch, T time, S time including the cache, C channels, H heads, D head size (C / H),
+Tensor axes: B batch, T time, S T plus cached positions, C channels, H heads, D head size (C / H),
 V vocabulary.
 """
 
@@ -65,19 +65,19 @@ def precompute_rope(block_size, D, base=10_000.0):
     freqs = base ** (-torch.arange(0, D, 2).float() / D)            # (D / 2,)
     angles = torch.outer(torch.arange(block_size).float(), freqs)   # (block_size, D / 2)
     cos, sin = angles.cos(), angles.sin()
-    return torch.stack((torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)))   # for (a, b), (b, a)
+    return torch.stack((torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)))   # for x, x.roll
 
 
 def apply_rope(x, rope):
-    """Rotate pairs (x[i], x[i + D / 2]) of x (..., T, D) by the angles of their position."""
+    """Rotate pairs (x[i], x[i + D / 2]) of x (..., T, D) by the angles in rope (2, T, D)."""
     cos, sin = rope.to(x.dtype)                                     # (T, D) each
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
 def attention_bias(q, S, window):
-    """What is added to the scores of T queries q (B, H, T, D) and S keys -> (T, S): 0 where a token
-    may look (at itself and the tokens before it; with a window, only at the last `window` of them),
-    -inf elsewhere. None means causal, where the code below needs no bias for that."""
+    """Additive mask for the scores of T queries q (B, H, T, D) and S keys -> (T, S): 0 for a token
+    itself and those before it (with a window, only the last `window` of them), -inf elsewhere.
+    None: no mask needed, for a single query or because the fused kernel has is_causal."""
     T = q.size(2)
     if not window and (T == 1 or T == S and q.device.type != "cpu"):
         return None
@@ -94,7 +94,7 @@ def attention(q, k, v, window=0):
     if T > 1 and q.device.type != "cpu":                            # fused: never stores the scores
         return F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None)
     # Written out: faster than the fused kernel on a CPU in bfloat16. A single query (sampling) uses
-    # sums, because matrix products are planned again for every S.
+    # sums, because matrix products have a setup cost for each new S.
     q = q / math.sqrt(q.size(-1))
     scores = (q * k).sum(-1)[:, :, None] if T == 1 else q @ k.mT    # (B, H, T, S)
     scores = scores if bias is None else scores + bias
@@ -103,7 +103,7 @@ def attention(q, k, v, window=0):
 
 
 class KVCache:
-    """Keys and values of the tokens read so far."""
+    """Keys and values of the tokens read so far: (n_layer, B, H, block_size, D), S are used."""
 
     def __init__(self, config, B, device, dtype):
         D = config.n_embd // config.n_head
@@ -129,6 +129,7 @@ class Attention(nn.Module):
         C = config.n_embd
         self.layer, self.n_head, self.qk_norm = layer, config.n_head, config.qk_norm
         self.window = config.window if layer % 2 else 0
+        # Stacked, so that Muon orthogonalizes the matrices of q, k and v one by one.
         self.qkv = nn.Parameter(torch.empty(3, C, C).normal_(std=0.02))
         self.c_proj = nn.Linear(C, C, bias=config.bias)
         self.value_lambda = None
@@ -198,7 +199,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     The logits (N, V) are the largest tensor of a training step. Here they exist only for one chunk
     of rows at a time: the gradient of the logits is softmax minus one-hot, so the gradients of x
-    and weight are computed at once, in the forward pass, and nothing has to be kept."""
+    and weight are computed already in the forward pass, and no logits are kept."""
 
     @staticmethod
     def forward(ctx, x, weight, targets):
@@ -215,7 +216,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             loss = loss - (logp.gather(1, target) * mask).sum()
             grad = logp.exp_()                                                  # softmax ...
             grad.scatter_add_(1, target, -torch.ones_like(target, dtype=grad.dtype))    # - one-hot
-            grad = (grad * mask / n_valid).to(dtype)
+            grad = grad.mul_(mask / n_valid).to(dtype)
             x_grad[rows] = grad @ w
             w_grad += grad.T @ x[rows]
         ctx.save_for_backward(x_grad, w_grad)
@@ -255,18 +256,18 @@ class GPT(nn.Module):
                 nn.init.zeros_(module.bias)
         # With a tied head, a token's own logit is std * C: keep it small for wide models.
         self.token_embedding.weight *= min(1.0, 256 / C)
-        # Residual branches start at zero, or scaled by depth so that the stream keeps its variance.
+        # Residual branches start at zero, or scaled by depth to keep the variance.
         std = 0.02 / math.sqrt(2 * config.n_layer) if config.init == "normal" else 0.0
         for block in self.blocks:
             nn.init.normal_(block.attn.c_proj.weight, std=std)
             nn.init.normal_(block.mlp.c_proj.weight, std=std)
-            if config.init == "copy":       # attention starts by copying: repeated words win
+            if config.init == "copy":       # repeated words become more likely
                 nn.init.eye_(block.attn.qkv[2])
                 block.attn.c_proj.weight.copy_(0.3 * torch.eye(C))
 
     def forward(self, idx, targets=None, cache=None):
         """idx (B, T) int64 -> logits (B, T, V), None; or, with targets (B, T), None, mean loss in
-        nats per token (-1 = ignored). A cache holds the tokens before idx and is extended by it."""
+        nats per token (-1 = ignored). The cache holds the tokens before idx; idx is appended."""
         start = cache.length if cache else 0
         end = start + idx.size(1)
         if end > self.config.block_size:
@@ -286,7 +287,7 @@ class GPT(nn.Module):
         return F.linear(x, head)[..., :self.config.vocab_size], None
 
     def load_weights(self, state_dict, path):
-        """Load the weights of a checkpoint. SystemExit: they belong to another model.py."""
+        """Load the weights of a checkpoint. SystemExit if they do not fit."""
         try:
             self.load_state_dict(state_dict)
         except RuntimeError as error:
@@ -383,7 +384,7 @@ def sample_next_token(logits, u, temperature=1.0, top_k=0, top_p=1.0):
 # --------------------------------------------------------------------------------------- devices
 
 def find_device(name="auto"):
-    """auto -> the fastest device here. SystemExit: torch cannot use the device."""
+    """auto -> the fastest device here. SystemExit if torch cannot use it."""
     if name == "auto":
         mps = torch.backends.mps.is_available()
         return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -418,7 +419,7 @@ def tune_malloc():
 
 
 def read_checkpoint(path):
-    """Load a dict of tensors and plain values. ValueError: the file is damaged, or holds code."""
+    """Load a dict of tensors and plain values. ValueError if it is damaged or holds code."""
     try:
         with zipfile.ZipFile(path) as archive:              # torch.load does not check the CRCs
             if any(entry.compress_type for entry in archive.infolist()) or archive.testzip():
@@ -431,13 +432,14 @@ def read_checkpoint(path):
 
 
 def load_model(path):
-    """Build the model that a checkpoint describes -> GPT, checkpoint. SystemExit: this model.py
-    cannot; a bug in model.py shows its own traceback."""
+    """Build the model that a checkpoint describes -> GPT, checkpoint. SystemExit if that is
+    impossible; a bug in model.py shows its own traceback."""
     try:
         checkpoint = read_checkpoint(path)
         weights, settings = checkpoint["model"], checkpoint["model_config"]
     except (ValueError, KeyError, TypeError) as error:
-        raise SystemExit(f"Cannot load {path}: {error}")
+        why = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise SystemExit(f"Cannot load {path}: {why}")
     if unknown := set(settings) - {field.name for field in fields(GPTConfig)}:
         raise SystemExit(f"{path} has settings that this model.py does not know: {unknown}")
     model = GPT(GPTConfig(**settings))

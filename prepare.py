@@ -3,7 +3,7 @@
     python prepare.py sample              # from data/grammar.txt: no download, half a minute
     python prepare.py sample-instruct     # the same as records of TinyStories-Instruct
     python prepare.py tinystories-small   # TinyStories' validation file: 19 MB
-    python prepare.py tinystories         # what the paper's models read: 1.9 GB
+    python prepare.py tinystories         # the paper's training data: 1.9 GB
     python prepare.py tinystories-v2      # stories by GPT-4 only: 2.2 GB
     python prepare.py instruct            # TinyStories-Instruct: 2.7 GB
     python prepare.py mine --input stories.txt      # your own text, in any language
@@ -45,12 +45,12 @@ EOT = "<|endoftext|>"               # between stories in text files; one token
 CHUNK_BYTES = 4 << 20               # read at a time
 MAX_STORY_BYTES = 64 << 20
 BPE_SAMPLE = 100_000_000            # characters from which a tokenizer is made
-# Where text is cut before bytes are merged: 's and the like, words, numbers, other signs, spaces.
-# Ours keeps marks (accents, vowel signs of Hindi) with letters.
+# Pre-tokenization: contractions ('s), words, numbers, punctuation, spaces. No merge crosses them.
+# BPE_PATTERN keeps combining marks (accents, vowel signs of Hindi) with letters.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 BPE_PATTERN = GPT2_PATTERN.replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(r"\s\p{L}", r"\s\p{L}\p{M}")
 
-# Repository and revision on the hub; file, size and sha256 of each split (None: ask the hub).
+# Repository and revision on Hugging Face; file, size and sha256 of each split (None: ask the hub).
 V1 = "roneneldan/TinyStories", "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"
 V1_VALID = ("TinyStories-valid.txt", 19_447_282,
             "94e431816c4cce81ff71e4408ff8d3bda9a42e8d2663986697c3954288cb38b4")
@@ -108,7 +108,7 @@ def setup_console():
 
 
 def printable(text):
-    """Text from outside, safe for a terminal: control characters are shown as escapes."""
+    """Make text from outside safe for a terminal: escape its control characters."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]",
                   lambda match: ascii(match[0])[1:-1], text)
 
@@ -116,7 +116,7 @@ def printable(text):
 # --------------------------------------------------------------------------------- text to stories
 
 def grammar_hash(path=GRAMMAR):
-    """Identifies the rules and plots of a grammar; comments do not matter."""
+    """Hash of the rules and plots of a grammar, without its comments."""
     return hashlib.sha256(json.dumps(read_grammar(path)).encode()).hexdigest()
 
 
@@ -129,31 +129,31 @@ def grammar_changed(meta):
 def write_synthetic_stories(folder, grammar, instruct):
     """Write train.txt and val.txt -> their paths, and the nats of all choices in val.txt."""
     rules, plots = read_grammar(grammar)
-    paths, nats, number = {}, 0.0, 0
+    paths, nats, start = {}, 0.0, 0
     with progress("generating", sum(SAMPLE_STORIES.values()), unit=" stories") as bar:
         for split, n in SAMPLE_STORIES.items():
             paths[split] = [folder / f"{split}.txt"]
             with open(paths[split][0], "w", encoding="utf-8", newline="\n") as file:
-                for number in range(number, number + n):
+                for number in range(start, start + n):
                     story = Story(rules, plots, random.Random(f"0-{number}"))
                     file.write((story.record() if instruct else story.text) + f"\n{EOT}\n")
                     nats += story.nats if split == "val" else 0.0
                     bar.update()
-            number += 1
+            start += n
     return paths, nats
 
 
 # Mojibake: UTF-8 decoded as Windows-1252 and encoded again.
 REPAIRS = {"â€œ": "“", "â€\x9d": "”", "â€™": "’", "â€˜": "‘",
            "â€“": "–", "â€”": "—", "â€¦": "…", "â€": "”"}
-SEPARATORS = {"\n": rb"\r?\n", "\n\n": rb"\r?\n(?:[ \t]*\r?\n)+"}       # others: as they are
+SEPARATORS = {"\n": rb"\r?\n", "\n\n": rb"\r?\n(?:[ \t]*\r?\n)+"}       # others: literally
 HINT = (f"Put a line {EOT} between stories, or use --separator '\\n' (one story per line) or "
         "--separator '\\n\\n' (blank lines between stories).")
 
 
 def read_stories(path, counts, separator=EOT):
-    """Yield lists of clean stories (str, not empty), one list per chunk of the file. Text is cut
-    before it is decoded: the end of a chunk tears no separator and no character."""
+    """Yield lists of clean stories (str, not empty), one list per chunk of the file. Bytes are
+    split before they are decoded: the end of a chunk cuts no separator and no character."""
     rest = b""
     with open(path, "rb") as file, progress(f"reading {path.name}", os.path.getsize(path)) as bar:
         looks_like_json = re.match(rb'(\xef\xbb\xbf)?\s*(\{\s*"|\[\s*[\["{])', file.read(1_000))
@@ -173,7 +173,7 @@ def read_stories(path, counts, separator=EOT):
                                      'story in the field "text" or "story".')
             texts = [clean(text, counts) for story in stories for text in story.split(EOT.encode())]
             if more and separator == EOT and not jsonl:
-                counts["dropped: empty"] += texts.count("")     # after the last mark is no story
+                counts["dropped: empty"] += texts.count("")     # nothing follows the last one
             yield [text for text in texts if text]
             bar.update(len(more))
 
@@ -220,7 +220,7 @@ def encode_stories(encoding, stories):
 def gpt2_ranks():
     try:
         return tiktoken.get_encoding("gpt2")._mergeable_ranks
-    except Exception as error:          # whatever its download raises
+    except Exception as error:          # its download can raise anything
         raise SystemExit(f"tiktoken cannot download GPT-2's vocabulary ({type(error).__name__}). "
                          "Use --tokenizer bpe, or set TIKTOKEN_CACHE_DIR to a folder that has it.")
 
@@ -247,7 +247,7 @@ def make_tokenizer(kind, vocab_size, paths, separator=EOT):
             ranks.setdefault(left + right, len(ranks))
         return make_encoding(ranks, BPE_PATTERN)
     if tokens.sum() > 0.7 * n:
-        print(f"GPT-2's tokenizer needs {tokens.sum() / n:.1f} tokens per letter of this text. "
+        print(f"GPT-2's tokenizer needs {tokens.sum() / n:.1f} tokens per character of this text. "
               "Better: --tokenizer bpe, which is learned from it.")
     ranks = full._mergeable_ranks
     return full if vocab_size > len(ranks) else make_encoding(prune_bpe(ranks, tokens, vocab_size))
@@ -265,7 +265,7 @@ def damaged(path, why, meta={}):
     name = path.parent.name if path.parent.parent == HERE / "data" else path.parent
     command = meta.get("command", f"python prepare.py {name} [--input FILE]")
     return SystemExit(f"{path} is missing, damaged or from an older version ({why}). Make the data "
-                      f"set again: {command} --force. A run has copies of its data set's files.")
+                      f"set again: {command} --force. A run's folder has copies of its data.")
 
 
 def read_meta(folder):
@@ -281,7 +281,7 @@ def read_meta(folder):
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(path, type(error).__name__)
     if not good:
-        raise damaged(path, "a value of another type")
+        raise damaged(path, "a value has the wrong type")
     return meta
 
 
@@ -296,7 +296,7 @@ def load_tokenizer(folder):
         n, crc32 = len(ranks), zlib.crc32(file_bytes(path))
         if (sorted(ranks.values()) != list(range(len(pairs)))
                 or not all(bytes([byte]) in ranks for byte in range(256))):
-            raise ValueError("not all bytes, or not all ranks")
+            raise ValueError("some bytes or ranks are missing")
         if ((meta.get("vocab_size", n + 1), meta.get("eot", n)) != (n + 1, n)
                 or meta.get("crc32", {}).get(path.name, crc32) != crc32):
             raise ValueError("it does not match meta.json")
@@ -356,7 +356,7 @@ def encode(paths, separator, keep_duplicates, held_out=(), encoding=None, folder
         raise SystemExit(f"{names}: {n_damaged:,} of {n:,} stories are not UTF-8. If it is text in "
                          "another encoding (and not compressed), convert it, for example: "
                          "iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW")
-    needed = 2 if encoding or "val" in paths else 3     # two for training, one to be held out
+    needed = 2 if encoding or "val" in paths else 3     # two for training, one for validation
     if stats["train"]["stories"] < needed or "val" in paths and not stats["val"]["stories"]:
         raise SystemExit(f"{names}: {n} {'story' if n == 1 else 'stories'} found, of which "
                          f"{stats['train']['stories']} can be used for training and "
@@ -365,7 +365,7 @@ def encode(paths, separator, keep_duplicates, held_out=(), encoding=None, folder
 
 
 def prepare_dataset(args, folder):
-    """Prepare data/<name> in a folder .part, whose files are moved when all are complete."""
+    """Prepare data/<name>: write all files to .part, then move them."""
     grammar = args.grammar or (GRAMMAR if args.name in SAMPLES else None)
     paths = {split: files for split, files in (("val", args.valid), ("train", args.input)) if files}
     text = [grammar_hash(grammar), SAMPLE_STORIES] if grammar else [SOURCES.get(args.name)] + [
@@ -376,7 +376,7 @@ def prepare_dataset(args, folder):
         if (meta.get("command"), meta.get("text")) != (args.command, text):
             raise SystemExit(f"{folder} exists already, from another text or command "
                              f"({meta.get('command')}). Add --force, or choose another name.")
-        return print(f"{folder} is ready: {meta['train']['tokens']:,} tokens (again: --force)")
+        return print(f"{folder} is ready: {meta['train']['tokens']:,} tokens (--force: again)")
 
     part, source, nats = folder / ".part", "own text", 0.0
     shutil.rmtree(part, ignore_errors=True)
@@ -415,7 +415,7 @@ def prepare_dataset(args, folder):
                 "nats_per_token": nats / stats["val"]["tokens"],
                 "bits_per_byte": nats / math.log(2) / stats["val"]["bytes"]}}
         write_text(part / "meta.json", json.dumps(meta, indent=1))
-        (folder / "meta.json").unlink(missing_ok=True)      # the new one comes last
+        (folder / "meta.json").unlink(missing_ok=True)      # marks a complete data set
         for path in sorted(part.iterdir(), key=lambda path: path.name == "meta.json"):
             os.replace(path, folder / path.name)
     except OSError as error:
@@ -430,7 +430,7 @@ def prepare_dataset(args, folder):
           f"{stats['train']['bytes'] / stats['train']['tokens']:.2f} bytes per token",
           *(f"{what}: {n:,} stories" for what, n in sorted(counts.items())), sep="\n")
     if grammar:
-        print("entropy of the grammar, a limit for every model: "
+        print("entropy of the grammar, a lower bound of the loss: "
               f"{meta['entropy_bound']['nats_per_token']:.4f} nats per token")
 
 

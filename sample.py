@@ -54,7 +54,7 @@ def load_run(path, device="auto", dtype=None, without=()):
 
 
 def results_folder(path):
-    """Where a study writes what it finds about a run: next to the checkpoint, or in out/ for the
+    """Where the scripts write results about a run: next to the checkpoint, or in out/ for the
     model that ships with the repository."""
     folder = find_run(path).parent
     shipped = folder.resolve().parent == prepare.HERE / "data"
@@ -66,8 +66,8 @@ def results_folder(path):
 # ---------------------------------------------------------------------------------- writing stories
 
 def encode_prompt(tokenizer, prompt, block_size):
-    """A story begins after the end mark of the one before it, and so does a prompt. A space at its
-    end is dropped: the model's tokens bring their own."""
+    """The ids of the prompt after an end token: in training, each story follows one. A space at the
+    end is dropped: it is part of the next token."""
     ids = [tokenizer.eot_token] + tokenizer.encode_ordinary(prompt.rstrip(" "))
     if len(ids) > block_size:
         print(f"The prompt has {len(ids)} tokens; the model's context is {block_size}, so it reads "
@@ -123,7 +123,7 @@ def format_table(rows):
     rows = [["<br>".join(str(cell).strip().splitlines()).replace("|", "\\|") for cell in row]
             for row in rows]
     rows = [[prepare.printable(cell) for cell in row] for row in rows]
-    widths = [min(50, max(3, *map(len, column))) for column in zip(*rows)]     # not a whole story
+    widths = [min(50, max(3, *map(len, column))) for column in zip(*rows)]     # longer: unpadded
     rows.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
 
@@ -139,7 +139,7 @@ layer_and_head.__name__ = "LAYER.HEAD"      # how argparse names the type in its
 
 
 def add_sampling_options(parser, temperature):
-    """The options that all commands share which load a run and sample from it."""
+    """The options of all commands that load a run and sample from it."""
     add = parser.add_argument
     add("--temperature", type=float, default=temperature,
         help="0: the most likely token; 1: the model's own distribution; default %(default)s")
@@ -165,10 +165,10 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("runs", nargs="+", help="folders of runs, or checkpoint files")
-    add("--prompt", action="append", help="how the story begins; may be repeated; - asks for it")
+    add("--prompt", action="append", help="how the story begins; may be repeated; -: type it")
     for field in FIELDS:
         add("--" + field.lower().split()[-1], dest=field, metavar="TEXT",
-            help=f"an instruction, for models that were trained on them: {field}")
+            help=f"an instruction, for models trained on them: {field}")
     add("-n", "--num_samples", type=int, default=1, help="stories per prompt")
     add("--max_new_tokens", type=int, default=400)
     add("--top_k", type=int, default=0, help="sample from the k most likely tokens; 0: all")

@@ -4,8 +4,8 @@
     python train.py config/tiny_8l.py --learning_rate=1e-3      # every setting can be overridden
     torchrun --standalone --nproc_per_node=4 train.py config/tiny_8l.py         # several GPUs
 
-Writes out/<config>/: ckpt.pt, tokenizer, log.csv and loss.png. Stop it at any time (Ctrl-C); the
-same command continues exactly where it stopped.
+Writes out/<config>/: ckpt.pt, tokenizer, log.csv and loss.png. Stop it at any time (Ctrl-C); run
+the same command to continue exactly where it stopped.
 """
 
 import ast
@@ -46,7 +46,7 @@ class Settings(GPTConfig):                  # the model's settings, and:
     init_from: str = ""                     # start from the weights of another run
     # optimization
     optimizer: str = "muon"                 # muon (matrices; AdamW for the rest) or adamw
-    learning_rate: float = 5e-3             # at its peak
+    learning_rate: float = 5e-3             # the peak
     schedule: str = "linear"                # after warmup: constant, or linear cooldown to 0
     warmup_steps: int = 50
     cooldown_frac: float = 0.6              # linear: fraction of the steps in which the rate falls
@@ -55,9 +55,9 @@ class Settings(GPTConfig):                  # the model's settings, and:
     weight_decay: float = 0.3               # of matrices
     grad_clip: float = 1.0                  # maximum gradient norm; 0 = off
     total_batch_size: int = 65_536          # tokens per step, over all processes
-    micro_batch: int = 0                    # rows at a time: memory only; 0 = chosen automatically
+    micro_batch: int = 0                    # rows per forward pass (memory only); 0 = automatic
     max_steps: int = 7_000
-    # evaluation, logging, saving: every so many steps; 0 = only at the end
+    # evaluation, logging, saving: intervals in steps; 0 = only at the end
     eval_interval: int = 250
     eval_tokens: int = 16_384               # validation tokens read each time; 0 = all
     final_eval_tokens: int = 163_840        # validation tokens read after the last step; 0 = all
@@ -100,7 +100,7 @@ def usage_error(message):
 
 
 def read_config(path):
-    """The assignments of a config file. Imports and _names are helpers and left out."""
+    """The settings of a config file -> [(name, value)], without imports and _names."""
     tree = ast.parse(Path(path).read_text(encoding="utf-8-sig"), path)
     imported = {alias.asname or alias.name for node in ast.walk(tree)
                 if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
@@ -109,7 +109,7 @@ def read_config(path):
 
 
 def convert(value, kind):
-    """A value from a config file or the command line -> the setting's type. ValueError: wrong."""
+    """A value from a config file or the command line -> the setting's type. ValueError if not."""
     if isinstance(value, str) and kind is bool:
         value = {"true": True, "false": False}.get(value.lower(), value)
     elif isinstance(value, str) or (kind is float and type(value) is int):
@@ -171,17 +171,17 @@ def load_dataset(name):
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(n_windows, block_size, seed, epoch):
-    """Where the first window of an epoch starts, and the order of its windows."""
+    """Where an epoch's first window starts, and the order of its windows (n_windows,)."""
     rng = np.random.default_rng((seed, epoch))
     return int(rng.integers(block_size)), rng.permutation(n_windows)
 
 
 def get_batch(file, block_size, rows, seed):
-    """The windows of the token file numbered `rows`, counted from the start of training
+    """The token file's windows with the numbers `rows`, counted from the start of training
     -> x, y (len(rows), block_size) int64; y is x shifted by one token.
 
     Each epoch shuffles the windows and shifts their borders; within an epoch, each token is a
-    target once. A pure function: resuming a run needs no loader state."""
+    target at most once. A pure function: resuming a run needs no data loader state."""
     data = np.memmap(file, dtype=np.uint16, mode="r")
     n_windows = len(data) // block_size - 1
     windows = []
@@ -356,14 +356,16 @@ def load_checkpoint(settings, run, meta):
         if set(counters) != set(COUNTERS) or not 0 < counters["step"] < math.inf:
             raise ValueError("its counters are invalid")
     except (ValueError, KeyError, TypeError) as error:
-        raise SystemExit(f"Cannot continue {path}: {error!r}. {choose}")
+        why = f"it has no {error} (--init_from needs only weights)"
+        why = why if isinstance(error, KeyError) else error
+        raise SystemExit(f"Cannot continue {path}: {why}. {choose}")
     new = asdict(settings)
-    differ = [f"{name}={old.get(name)} there, {new[name]} here" for name in new
+    differ = [f"{name}={old.get(name)}, now {new[name]}" for name in new
               if old.get(name) != new[name] and name not in MAY_CHANGE]
     if checkpoint["meta"] != meta:
         differ.append("another version of the data set")
     if len(states) != len(run.optimizers) or not all(state["state"] for state in states):
-        differ.append("no state of the optimizer there")
+        differ.append("no optimizer state")
     if differ:
         raise SystemExit(f"{path} belongs to a different run: {'; '.join(differ)}. {choose}")
     run.model.load_weights(checkpoint["model"], path)
@@ -381,7 +383,7 @@ def load_initial_weights(model, settings, tokenizer):
     if not path.is_file():
         raise SystemExit(f"--init_from={settings.init_from}: there is no {path}")
     other, _ = load_model(path)
-    differ = [f"{name}={value} there, {getattr(model.config, name)} here"
+    differ = [f"{name}={value}, here {getattr(model.config, name)}"
               for name, value in asdict(other.config).items()
               if value != getattr(model.config, name) and name != "init"]
     if prepare.load_tokenizer(path.parent)._mergeable_ranks != tokenizer._mergeable_ranks:
@@ -416,7 +418,7 @@ def plot_loss(folder, log, entropy_floor=None):
     if entropy_floor:
         ax.axhline(entropy_floor, color="gray", ls=":", label="entropy of the grammar")
     ax.set(xlabel="million tokens", ylabel="loss (nats per token)", yscale="log",
-           title=f"{folder.name}: what the model has learned".replace("$", r"\$"))
+           title=f"Loss of {folder.name}".replace("$", r"\$"))
     ax.yaxis.set_major_formatter("{x:.3g}")
     ax.yaxis.set_minor_formatter("{x:.3g}")
     ax.grid(alpha=0.3, which="both")
@@ -450,11 +452,11 @@ def setup_device(settings):
 
 
 def all_reduce_gradients(model):
-    """Replace each gradient by its mean over all processes, in one message."""
+    """Replace each gradient by its mean over all processes, in one all-reduce."""
     grads = [p.grad for p in model.parameters()]
-    message = torch.cat([grad.flatten() for grad in grads])
-    dist.all_reduce(message)
-    for grad, mean in zip(grads, (message / WORLD_SIZE).split([grad.numel() for grad in grads])):
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat)
+    for grad, mean in zip(grads, (flat / WORLD_SIZE).split([grad.numel() for grad in grads])):
         grad.copy_(mean.view_as(grad))
 
 
@@ -465,7 +467,7 @@ def all_reduce_max(number, device):
 
 
 def choose_micro_batch(settings, device):
-    """Rows of a forward pass: as few as cost no speed on a CPU, as many as fit on a GPU."""
+    """Rows per forward pass: on a CPU the fewest at full speed, on a GPU as many as fit."""
     rows = settings.total_batch_size // settings.block_size // WORLD_SIZE
     if settings.micro_batch:
         return min(settings.micro_batch, rows)
@@ -517,8 +519,8 @@ def model_config(settings):
 
 
 def training_step(run, settings, device, autocast, loss_fn, file, signals):
-    """One optimization step -> learning rate and gradient norm, or None if a signal came: then
-    nothing has changed."""
+    """One optimization step -> learning rate and gradient norm, or None if a signal came (then no
+    weight has changed). loss_fn: the model, compiled or not."""
     n_rows = settings.total_batch_size // settings.block_size // WORLD_SIZE
     first = (run.step * WORLD_SIZE + RANK) * n_rows
     step_loss = 0.0
@@ -571,7 +573,7 @@ def start_run(settings, meta, tokenizer, device, dtype):
            f"{str(dtype)[6:]}, {run.micro_batch} rows at a time"
            + (f"; continuing at step {run.step:,}" if run.step else ""))
     if epochs > 20:
-        print0(f"The model will read the same text {epochs:.0f} times and may learn it by heart. "
+        print0(f"The model will read the same text {epochs:.0f} times and may memorize it. "
                "Watch the validation loss; use more text or fewer --max_steps.")
     return run
 
@@ -603,9 +605,10 @@ def train(settings, signals=()):
     if meta["train"]["tokens"] < 2 * T:
         raise SystemExit(f"{data} has {meta['train']['tokens']} training tokens; block_size={T} "
                          f"needs at least {2 * T}.")
-    some, final = (validation_batches(data / "val.bin", meta["eot"], T, n)
+    quick_eval, final_eval = (validation_batches(data / "val.bin", meta["eot"], T, n)
                    for n in (settings.eval_tokens, settings.final_eval_tokens))
-    beginning = final[0][0][0][0, :8].tolist()      # the first tokens of the first window
+    first_window = final_eval[0][0][0][0]
+    beginning = first_window[:8].tolist()           # of a validation story
     entropy_floor = meta.get("entropy_bound", {}).get("nats_per_token")
 
     tune_malloc()
@@ -644,7 +647,7 @@ def train(settings, signals=()):
             raise SystemExit(f"At step {run.step:,} the loss is {loss:.4g} and the gradient norm "
                              f"{float(grad_norm):.4g}. The last checkpoint is kept. " + (
                                  "Try a smaller --learning_rate." if run.step > 1 else
-                                 "The weights are the initial ones: look at model.py."))
+                                 "These are the initial weights: check model.py."))
         spent, row = time.time() - clock, {}
         run.seconds += spent
         if print_due:
@@ -658,7 +661,7 @@ def train(settings, signals=()):
                    "tokens_per_s": round(speed)}
             run.loss_sum, run.loss_steps = 0.0, 0
         if RANK == 0 and eval_due:
-            windows, stories = final if last else some
+            windows, stories = final_eval if last else quick_eval
             val_loss, story_loss = (evaluate(run.model, view, device, autocast)
                                     for view in (windows, stories))
             row |= {"val_loss": val_loss, "story_loss": story_loss,
@@ -681,7 +684,7 @@ def train(settings, signals=()):
         run.seconds += time.time() - clock
         saved = save_checkpoint(settings, run, meta)
     if stop:
-        print0(f"Stopped after step {run.step:,}. The same command continues.")
+        print0(f"Stopped after step {run.step:,}. Run the same command to continue.")
     elif run.step > first_step:
         print0(f"Done: step {run.step:,}, {run.seconds / 60:.1f} minutes of training. "
                f"Try: python sample.py {shlex.quote(str(folder))}")

@@ -1,6 +1,6 @@
 """How does a tokenizer learn its tokens?
 
-Byte-pair encoding: join the most frequent pair of neighbors to one new token, again and again.
+Byte-pair encoding: merge the most frequent pair of neighbors into a new token, again and again.
 train_bpe learns merges from a text; prune_bpe keeps the tokens of a larger vocabulary that a text
 needs.
 """
@@ -16,8 +16,8 @@ from data.download import progress
 def train_bpe(words, vocab_size):
     """Learn byte-pair merges (arXiv 1508.07909, on bytes as in GPT-2).
 
-    words: {pre-token: count}. Returns the merges in order, as pairs of bytes: as many as fill
-    vocab_size together with the 256 bytes and the end token, or fewer if the text has no more. Of
+    words: {pre-token: count}. Returns the merges in order, as pairs of bytes:
+    vocab_size minus the 256 bytes and the end token, or fewer if no pair is left. Of
     equally frequent pairs, the lexicographically greater one is first, as in Stanford's CS336."""
     times = list(words.values())
     words = [[bytes([byte]) for byte in word.encode()] for word in words]
@@ -70,7 +70,7 @@ def train_bpe(words, vocab_size):
 
 
 def merge(parts, pair):
-    """Join each occurrence of a pair in a list of bytes, from left to right."""
+    """Join each occurrence of a pair in a list of byte strings, from left to right."""
     merged, i = [], 0
     while i < len(parts):
         match = parts[i] == pair[0] and i + 1 < len(parts) and parts[i + 1] == pair[1]
@@ -89,11 +89,11 @@ def bpe_parents(token, ranks):
 
 
 def prune_bpe(ranks, counts, vocab_size):
-    """Keep the most frequent tokens of a BPE -> ranks of at most vocab_size - 1 tokens (the last id
-    is for the end token).
+    """Keep the most frequent tokens of a BPE vocabulary -> ranks of at most vocab_size - 1 tokens
+    (the last id is for the end token).
 
-    counts[rank]: how often a token occurs. A token is kept together with its parents, and theirs:
-    the result is again a BPE and encodes every text without loss."""
+    counts[rank]: how often a token occurs. A token is kept together with all tokens it is
+    merged from: the result is again a BPE vocabulary and encodes every text without loss."""
     kept = {bytes([byte]) for byte in range(256)}
 
     def missing(token):

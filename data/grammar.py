@@ -22,7 +22,7 @@ FIELD_ORDERS = [order for n in range(1, 5) for order in itertools.permutations(F
 def read_grammar(path=GRAMMAR):
     """Read a grammar file -> rules, plots.
 
-    rules: {name: (is a variable, entries)}; an entry is {form: text}, form "" is the entry itself.
+    rules: {name: (is_variable, entries)}; an entry is {form: text}, form "" is the entry itself.
     plots: dicts of name, words, summary and scenes (lists of options)."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -57,12 +57,12 @@ def read_grammar(path=GRAMMAR):
 
 
 class Story:
-    """A random walk through the grammar: .text, .plot, .features, .bindings {variable: forms}.
+    """One story, made by random choices: .text, .plot, .features, .bindings {variable: forms}.
 
-    nats: each choice among n options adds log n. The sum is minus the log-probability of the walk,
-    an upper bound for the text: another walk may produce it, too."""
+    nats: each choice among n options adds log n. The sum is -log p(choices), an upper bound of
+    -log p(text): other choices may give the same text."""
 
-    def __init__(self, rules, plots, rng, replay=()):   # replay: the first choices, by number
+    def __init__(self, rules, plots, rng, replay=()):   # replay: indices of the first choices
         self.rules, self.plots, self.rng, self.replay = rules, plots, rng, iter(replay)
         self.nats, self.bindings, self.choices = 0.0, {}, []
         self.plot = self.choose(plots)
@@ -79,7 +79,7 @@ class Story:
         return option
 
     def expand(self, template):
-        """Fill every {...} of a template, and write "an" where it must be."""
+        """Fill every {...} of a template, and write "an" before vowels."""
         try:
             text = re.sub(r"\{([^{}]*)\}", lambda match: self.fill(match[1]), template)
             if torn := re.search(r"[{}][^ ]*", text):
@@ -100,7 +100,7 @@ class Story:
         forms = self.bindings.get(name) or self.draw_entry(name)
         if self.rules[name][0] and name not in self.bindings:
             if forms[""] in [other[""] for other in self.bindings.values()]:
-                return self.fill(inside)                # no two variables have the same text
+                return self.fill(inside)                # draw again: all variables differ
             self.bindings[name] = forms
         return forms[form][:1].upper() + forms[form][1:] if capital else forms[form]
 
@@ -115,11 +115,11 @@ class Story:
 
     @functools.cached_property
     def charges(self):
-        """Where the text shows its choices: [(position, nats)], in sum the text's nats.
+        """Where the text reveals its choices: [(character position, nats)]; the sum is self.nats.
 
-        For each choice, the story is generated again with each other option. Where m options that
-        began alike become k, the text shows log(m / k) nats: a hero's name at the name, not at
-        "girl". What is never shown is charged at the end."""
+        For each choice, the story is generated again with every other option. Where m options that
+        fit the text so far become k, it reveals log(m / k) nats: a hero's name at the name, not at
+        "girl", where it was drawn. What is never revealed is charged at the end."""
         numbers, charges = [number for number, _ in self.choices[:self.n_choices]], []
         for i, number in enumerate(numbers):
             alike = self.choices[i][1]
@@ -140,7 +140,7 @@ class Story:
 
 
 def split_sentences(text):
-    """A sentence ends with . ! or ? and perhaps a quote; none begins in lower case."""
+    """A sentence ends with . ! or ? and perhaps a quote; the next does not begin in lower case."""
     return re.split(r'(?:(?<=[.!?])|(?<=[.!?]["”]))\s+(?![a-z])', text.strip())
 
 
@@ -153,7 +153,7 @@ def format_record(text, choose, values):
     """A record of TinyStories-Instruct: some fields in random order, then the story. choose: picks
     from a list; values: {field: text or ""}, without the random sentence."""
     sentences = [sentence for sentence in split_sentences(text)[1:] if "\n" not in sentence
-                 and len(re.findall('["“”]', sentence)) % 2 == 0]       # no half of a quotation
+                 and len(re.findall('["“”]', sentence)) % 2 == 0]       # quotes are closed
     values = {**values, "Random sentence": choose(sentences or [""])}
     order = choose([order for order in FIELD_ORDERS if all(map(values.get, order))])
     return f"{format_instructions({field: values[field] for field in order})} \n\n{text}"
