@@ -1,8 +1,8 @@
 """How does a transformer predict the next token?
 
-A GPT written out in full: GPT(config)(idx) -> logits, None; with targets -> None, loss. The defaults
-are a modern recipe (rotary positions, RMS norm, normalized queries and keys, squared ReLU, value residual);
-config/paper_8m.py sets the switches to the paper's GPT-Neo (arXiv 2305.07759).
+A GPT written out in full: GPT(config)(idx) -> logits, None; with targets -> None, loss. The
+defaults are a modern recipe (rotary positions, RMS norm, normalized queries and keys, squared ReLU,
+value residual); config/paper_8m.py sets the switches to the paper's GPT-Neo (arXiv 2305.07759).
 
 Tensor axes: B batch, T time, S T plus cached positions, C channels, H heads, D head size (C / H),
 V vocabulary.
