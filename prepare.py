@@ -441,6 +441,7 @@ def text_file(name):
 
 
 def main(argv=None):
+    setup_console()
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -467,8 +468,11 @@ def main(argv=None):
             Path(args.tokenizer) / "tokenizer.tiktoken").is_file():
         parser.error("--tokenizer must be gpt2, bpe, or a folder that contains tokenizer.tiktoken")
     folder = HERE / "data" / args.name
-    if folder.is_file():
-        parser.error(f"{folder} is a file; choose another name")
+    if folder.is_file() or (folder / "ckpt.pt").exists() or folder.resolve() in (
+            HERE / "data", *(HERE / "data").parents):
+        parser.error(f"{folder} is not the folder of a data set; choose another name")
+    if args.grammar and (folder / "train.txt").exists() and not (folder / "meta.json").exists():
+        parser.error(f"{folder}/train.txt exists and would be replaced; choose another name")
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):        # wait for another prepare.py
         prepare_dataset(args, folder)

@@ -10,6 +10,7 @@
 
 import argparse
 import codecs
+import re
 import signal
 import sys
 from pathlib import Path
@@ -49,8 +50,11 @@ def load_run(path, device="auto", dtype=None, without=()):
                              f"each with heads 0-{n_head - 1}")
         model.remove_head(layer, head)
     model.to(device, dtype or best_dtype(device))
-    folder = path.parent
-    return model.eval(), prepare.load_tokenizer(folder), prepare.read_meta(folder)
+    tokenizer = prepare.load_tokenizer(path.parent)
+    if tokenizer.n_vocab != model.config.vocab_size:
+        raise SystemExit(f"{path.parent}: the tokenizer has {tokenizer.n_vocab} tokens, the model "
+                         f"{model.config.vocab_size}. They belong to different runs.")
+    return model.eval(), tokenizer, prepare.read_meta(path.parent)
 
 
 def results_folder(path):
@@ -68,7 +72,8 @@ def results_folder(path):
 def encode_prompt(tokenizer, prompt, block_size):
     """The ids of the prompt after an end token: in training, each story follows one. A space at the
     end is dropped: it is part of the next token."""
-    ids = [tokenizer.eot_token] + tokenizer.encode_ordinary(prompt.rstrip(" "))
+    ids = [tokenizer.eot_token] + tokenizer.encode_ordinary(
+        re.sub(r"(\s\s)\s{998,}", r"\1", prompt.rstrip(" ")))      # tiktoken fails on a million
     if len(ids) > block_size:
         print(f"The prompt has {len(ids)} tokens; the model's context is {block_size}, so it reads "
               f"the last {block_size // 2}.", file=sys.stderr)
@@ -131,6 +136,8 @@ def format_table(rows):
 # ------------------------------------------------------------------------------------ command line
 
 def layer_and_head(text):
+    if not re.fullmatch(r"\d+\.\d+", text):
+        raise ValueError
     layer, head = text.split(".")
     return int(layer), int(head)
 
@@ -190,7 +197,7 @@ def main(argv=None):
     sampling = {name: getattr(args, name) for name in
                 ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
     runs = [load_run(run, args.device, without=args.without) for run in args.runs]
-    if instructions and not all(meta["instruct"] for _, _, meta in runs):
+    if instructions and not all(meta.get("instruct") for _, _, meta in runs):
         raise SystemExit("This model was not trained on instructions. Use --prompt, or train "
                          "config/demo_instruct.py")
     rows = [prompt for prompt in prompts for _ in range(args.num_samples)]
@@ -212,6 +219,8 @@ def main(argv=None):
 
 def read_line():
     """A line from the terminal or a pipe; "" at its end."""
+    if sys.stdin is None:
+        return ""
     return input("> ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
 
 

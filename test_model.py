@@ -369,7 +369,7 @@ def interrupt_at_row(row, monkeypatch):
 @pytest.mark.parametrize("row", [0, 8 * 5 + 3, 8 * 11])
 def test_resume_is_bitwise_exact(data, finished, tmp_path, monkeypatch, row):
     with pytest.raises(SystemExit) as stopped:
-        train.train(settings(data, tmp_path), interrupt_at_row(row, monkeypatch))
+        train.train(settings(data, tmp_path), lambda: interrupt_at_row(row, monkeypatch))
     assert stopped.value.code == 130
     assert not row or read_checkpoint(tmp_path / "ckpt.pt")["step"] == row // 8
     monkeypatch.undo()
@@ -485,7 +485,7 @@ def test_a_bug_in_model_py_shows_its_own_traceback(finished, tmp_path, data):
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(data, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="learning_rate"):
-        train.train(settings(data, tmp_path, "--optimizer=adamw", "--learning_rate=1e30",
+        train.train(settings(data, tmp_path, "--optimizer=adamw", "--learning_rate=1e15",
                              "--log_interval=1"))
     assert not (tmp_path / "ckpt.pt").exists()
     monkeypatch.setattr(GPT, "init_weights",
@@ -560,8 +560,9 @@ def test_config_files_and_options_are_read_in_order(tmp_path):
     (["--n_layr=3"], "n_layer"), (["--n_layer=two"], "int"), (["--n_layer", "3"], "--name=value"),
     (["config/dmeo.py"], "no such config"), (["--act=swish"], "act"), ([], "which config"),
     (["--total_batch_size=1000"], "block_size"), (["--qk_norm=maybe"], "bool"),
-    (["--learning_rate=-1"], "positive"), (["--optimizer=sgd"], "muon"),
-    (["--n_head=3"], "n_embd")])
+    (["--learning_rate=-1"], "at least 0"), (["--beta2=2"], "below 1"),
+    (["--grad_clip=nan"], "grad_clip"), (["--micro_batch=-1"], "micro_batch"),
+    (["--optimizer=sgd"], "muon"), (["--n_head=3"], "n_embd")])
 def test_a_wrong_setting_is_one_sentence_and_exit_code_2(argv, says, capsys):
     with pytest.raises(SystemExit) as error:
         train.load_settings(argv)
@@ -605,7 +606,8 @@ def test_control_characters_are_shown_not_sent(finished, capsys):
 @pytest.mark.parametrize("arguments, says, code", [
     (["missing"], "no trained model", 1), (["roneneldan/TinyStories-1M"], "study.hf", 1),
     (["RUN", "--words", "red"], "not trained on instructions", 1),
-    (["RUN", "--without", "7.0"], "layers 0-1", 1), (["RUN", "--without", "x"], "LAYER.HEAD", 2),
+    (["RUN", "--without", "7.0"], "layers 0-1", 1),
+    (["RUN", "--without=0.-1"], "LAYER.HEAD", 2), (["RUN", "--without", "x"], "LAYER.HEAD", 2),
     (["RUN", "--top_p", "0"], "top_p", 2), (["RUN", "--temperature", "nan"], "temperature", 2)])
 def test_a_mistake_in_sampling_is_one_sentence(finished, capsys, arguments, says, code):
     with pytest.raises(SystemExit) as error:

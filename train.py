@@ -78,8 +78,12 @@ class Settings(GPTConfig):                  # the model's settings, and:
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.learning_rate < math.inf or self.max_steps < 1:
-            raise ValueError("learning_rate and max_steps must be positive")
+        for f in fields(self):
+            if f.type in (int, float) and not 0 <= getattr(self, f.name) < 2**60:
+                raise ValueError(f"{f.name}={getattr(self, f.name)}: expected at least 0")
+        if not self.learning_rate or not self.max_steps or self.beta2 >= 1 or self.momentum >= 1:
+            raise ValueError("learning_rate and max_steps must be positive, beta2 and momentum "
+                             "below 1")
         if self.total_batch_size < 1 or self.total_batch_size % self.block_size:
             raise ValueError(f"total_batch_size={self.total_batch_size} must be a multiple of "
                              f"block_size={self.block_size}")
@@ -155,7 +159,8 @@ def load_settings(argv):
 def load_dataset(name):
     """The folder and meta.json of a prepared data set. The ones that prepare.py knows are
     downloaded and prepared if they are missing."""
-    folder = Path(name) if Path(name).is_dir() else prepare.HERE / "data" / name
+    name = os.path.expanduser(name)
+    folder = Path(name) if (Path(name) / "meta.json").is_file() else prepare.HERE / "data" / name
     if not (folder / "meta.json").is_file():
         if name not in prepare.SAMPLES and name not in prepare.SOURCES:
             raise SystemExit(f"There is no data set {name!r}. Prepare it first: "
@@ -327,6 +332,9 @@ COUNTERS = ("step", "seconds", "loss_sum", "loss_steps", "micro_batch", "log")
 def save_checkpoint(settings, run, meta):
     """Write ckpt.pt, completely or not at all -> True if it worked (else the next save retries)."""
     folder = Path(settings.out_dir)
+    if not all(p.isfinite().all() for p in run.model.parameters()):
+        print0("The weights are not finite, so they are not saved.", sys.stderr)
+        return False
     weights = {"model": run.model.state_dict(), "model_config": asdict(run.model.config),
                "settings": asdict(settings), "meta": meta, "step": run.step}
     training = {"optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
@@ -347,31 +355,37 @@ def save_checkpoint(settings, run, meta):
 def load_checkpoint(settings, run, meta):
     """Continue the run in out_dir, if there is one, exactly where it stopped."""
     path = Path(settings.out_dir, "ckpt.pt")
+    if settings.overwrite and RANK == 0:
+        for old in path.parent.glob("ckpt*.pt"):
+            old.unlink()
     if settings.overwrite or not path.exists():
         return
     choose = "Choose another --out_dir, or delete that run with --overwrite=True."
+    new = asdict(settings)
     try:
         checkpoint = read_checkpoint(path)
         old, states, counters = (checkpoint[key] for key in ("settings", "optimizers", "counters"))
-        if set(counters) != set(COUNTERS) or not 0 < counters["step"] < math.inf:
+        differ = [f"{name}={old.get(name)}, now {new[name]}" for name in new
+                  if old.get(name) != new[name] and name not in MAY_CHANGE]
+        if checkpoint["meta"] != meta:
+            differ.append("another version of the data set")
+        if differ:
+            raise ValueError(f"it belongs to a different run: {'; '.join(differ)}")
+        if set(counters) != set(COUNTERS) or not isinstance(counters["log"], list) or any(
+                type(counters[name]) is not int or counters[name] < 1
+                for name in ("step", "micro_batch")):
             raise ValueError("its counters are invalid")
-    except (ValueError, KeyError, TypeError) as error:
-        why = f"it has no {error} (--init_from needs only weights)"
-        why = why if isinstance(error, KeyError) else error
-        raise SystemExit(f"Cannot continue {path}: {why}. {choose}")
-    new = asdict(settings)
-    differ = [f"{name}={old.get(name)}, now {new[name]}" for name in new
-              if old.get(name) != new[name] and name not in MAY_CHANGE]
-    if checkpoint["meta"] != meta:
-        differ.append("another version of the data set")
-    if len(states) != len(run.optimizers) or not all(state["state"] for state in states):
-        differ.append("no optimizer state")
-    if differ:
-        raise SystemExit(f"{path} belongs to a different run: {'; '.join(differ)}. {choose}")
+        for optimizer, state in zip(run.optimizers, states, strict=True):
+            if not state["state"]:
+                raise ValueError("it has no state of the optimizer")
+            optimizer.load_state_dict(state)
+        run.scaler.load_state_dict(checkpoint["scaler"])
+    except KeyError as error:
+        raise SystemExit(f"Cannot continue {path}: it has no {error} (--init_from needs only "
+                         f"weights). {choose}")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise SystemExit(f"Cannot continue {path}: {error}. {choose}")
     run.model.load_weights(checkpoint["model"], path)
-    for optimizer, state in zip(run.optimizers, states):
-        optimizer.load_state_dict(state)
-    run.scaler.load_state_dict(checkpoint["scaler"])
     for name, value in counters.items():
         setattr(run, name, value)
 
@@ -489,8 +503,9 @@ def catch_signals():
         received.append(number)
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), handler)
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) != signal.SIG_IGN:       # nohup ignores SIGHUP
+            signal.signal(number, handler)
     return received
 
 
@@ -586,7 +601,7 @@ def print_sample(model, tokenizer, beginning):
     print0(prepare.printable(f"    {before} | {after}"))
 
 
-def train(settings, signals=()):
+def train(settings, signals=list):
     """Train, or continue, the run in settings.out_dir. Stops once `signals` has an entry."""
     device, dtype, autocast = setup_device(settings)
     folder, T = Path(settings.out_dir), settings.block_size
@@ -607,8 +622,7 @@ def train(settings, signals=()):
                          f"needs at least {2 * T}.")
     quick_eval, final_eval = (validation_batches(data / "val.bin", meta["eot"], T, n)
                    for n in (settings.eval_tokens, settings.final_eval_tokens))
-    first_window = final_eval[0][0][0][0]
-    beginning = first_window[:8].tolist()           # of a validation story
+    beginning = np.fromfile(data / "val.bin", np.uint16, 8).tolist()    # of a validation story
     entropy_floor = meta.get("entropy_bound", {}).get("nats_per_token")
 
     tune_malloc()
@@ -621,7 +635,7 @@ def train(settings, signals=()):
             prepare.write_text(folder / name, (data / name).read_text(encoding="utf-8"))
 
     file = open(data / "train.bin", "rb")           # kept open: new data does not replace it
-    stop, saved, first_step = False, True, run.step
+    signals, stop, saved, first_step = signals(), False, True, run.step
     clock, clock_step, printed = time.time(), run.step, 0.0
     while run.step < settings.max_steps and not stop:
         result = training_step(run, settings, device, autocast, loss_fn, file, signals)
@@ -700,10 +714,13 @@ def train(settings, signals=()):
 def main():
     prepare.setup_console()
     settings = load_settings(sys.argv[1:])
-    os.makedirs(settings.out_dir, exist_ok=True)
+    try:
+        os.makedirs(settings.out_dir, exist_ok=True)
+    except OSError as error:
+        usage_error(f"--out_dir={settings.out_dir}: {error.strerror}")
     try:
         with FileLock(Path(settings.out_dir, f".lock{RANK}"), blocking=False):
-            train(settings, catch_signals())
+            train(settings, catch_signals)
     except Timeout:
         raise SystemExit(f"Another command is training in {settings.out_dir}. Choose another "
                          "--out_dir.")

@@ -49,7 +49,8 @@ def read_log(folder):
 
 def kept_checkpoints(folder):
     """The checkpoints that a run has kept -> {step: file}, in order."""
-    files = {int(file.stem.split("_")[1]): file for file in folder.glob("ckpt_[0-9]*.pt")}
+    files = {int(file.stem.split("_")[1]): file for file in folder.glob("ckpt_[0-9]*.pt")
+             if file.stem[5:].isdecimal()}
     if not files:
         raise SystemExit(f"{folder} has kept no earlier checkpoints. Train it with "
                          "--keep_checkpoints=True --save_interval=250 --overwrite=True")

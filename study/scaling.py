@@ -51,7 +51,7 @@ def plan_runs(name, budgets=None, changes=()):
     return runs
 
 
-def measure_run(settings, n, signals=()):
+def measure_run(settings, n, signals=list):
     """Train one run, or continue it, and measure it -> dict, also stored in its folder."""
     row, file = {}, Path(settings.out_dir, "scaling.json")
     wanted = {name: value for name, value in asdict(settings).items()
@@ -226,7 +226,7 @@ def main(argv=None):
     for name in ("--n_embd", "--n_layer", "--n_head", "--out_dir", "--max_steps"):
         if any(change.startswith(name) for change in changes):
             parser.error(f"{name}: the grid sets this (and --budgets the steps)")
-    rows, runs, signals = [], plan_runs(args.grid, args.budgets, changes), train.catch_signals()
+    rows, runs, signals = [], plan_runs(args.grid, args.budgets, changes), train.catch_signals
     for i, settings in enumerate(runs, 1):
         print(f"\nRun {i} of {len(runs)}: {settings.out_dir}")
         rows.append(measure_run(settings, args.n, signals))
