@@ -652,9 +652,10 @@ def main(argv=None):
     if args.judge == "none":
         return 0
     if args.task != "probes":
-        order = "puts" if anchors_in_order(items_by_model(items)) else "does not put"
+        order = {True: "puts the anchors in order", False: "does not put the anchors in order",
+                 None: "has too few anchors to order"}[anchors_in_order(items_by_model(items))]
         print(f"Grades: mean ± half of the 95 % interval over {len(by_prompt(items, METRICS[0]))} "
-              "prompts." + f" The judge {order} the anchors in order." * args.anchors)
+              "prompts." + f" The judge {order}." * args.anchors)
     unscored = Counter(item["reason"] for item in items if not item["grades"])
     for reason, n in unscored.most_common(5):
         print(f"unscored: {n} x {reason}", file=sys.stderr)
