@@ -1,6 +1,6 @@
 """How does the loss fall with size, and should a model be deep or wide?
 
-    python -m study.scaling --grid demo     # 16 small models: 12 minutes on two CPU cores
+    python -m study.scaling --grid demo     # 16 small models: about 12 minutes on two cores (estimate)
     python -m study.scaling --grid paper    # the paper's shapes: hours on a large GPU
 
 Trains every shape of a grid with train.py, in out/scaling/<grid>/, and writes report.md and three
