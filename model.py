@@ -38,15 +38,21 @@ class GPTConfig:
     options = dict(pos=("rope", "learned"), norm=("rms", "layer"), act=("relu2", "gelu"),
                    init=("zero", "copy", "normal"))
 
+    positive = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
+
     def __post_init__(self):
-        for name, allowed in self.options.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {allowed}")
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
-        if self.window < 0:
-            raise ValueError("window must not be negative")
+        for f in fields(self):
+            value, expected = getattr(self, f.name), ""
+            if type(value) is not f.type:
+                expected = f"a value of type {f.type.__name__}"
+            elif value not in self.options.get(f.name, [value]):
+                expected = f"one of {self.options[f.name]}"
+            elif f.name in self.positive and not 0 < value < math.inf:
+                expected = "a number above 0"
+            elif f.type in (int, float) and not 0 <= value < math.inf:
+                expected = "at least 0"
+            if expected:
+                raise ValueError(f"{f.name}={value!r}: expected {expected}")
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd={self.n_embd}: expected a multiple of {2 * self.n_head} "
                              "(2 * n_head)")
@@ -77,7 +83,7 @@ def apply_rope(x, rope):
 def attention_bias(q, S, window):
     """Additive mask for the scores of T queries q (B, H, T, D) and S keys -> (T, S): 0 for a token
     itself and those before it (with a window, only the last `window` of them), -inf elsewhere.
-    None: no mask needed, for a single query or because the fused kernel has is_causal."""
+    None if no mask is needed: for a single query, or because the fused kernel has is_causal."""
     T = q.size(2)
     if not window and (T == 1 or T == S and q.device.type != "cpu"):
         return None
@@ -158,8 +164,11 @@ class Attention(nn.Module):
         q, k, v, v1 = self.heads(x, rope, v1)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)                   # (B, H, S, D)
-        y = attention(q, k, v, self.window)
+        y = self.attend(q, k, v)                                    # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C)), v1
+
+    def attend(self, q, k, v):
+        return attention(q, k, v, self.window)
 
 
 class MLP(nn.Module):
@@ -290,7 +299,7 @@ class GPT(nn.Module):
         """Load the weights of a checkpoint. SystemExit if they do not fit."""
         try:
             self.load_state_dict(state_dict)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:
             raise SystemExit(f"The weights in {path} do not fit this model.py: {error}")
 
     @torch.no_grad()
@@ -357,7 +366,7 @@ class GPT(nn.Module):
         return outputs
 
 
-class NonFiniteLogits(Exception):
+class NonFiniteLogits(SystemExit):
     """The logits are NaN or infinite: the training failed, or model.py has a bug."""
 
 
@@ -418,30 +427,31 @@ def tune_malloc():
             libc.mallopt(-3, 1 << 25)                       # the maximum before glibc 2.35
 
 
-def read_checkpoint(path):
-    """Load a dict of tensors and plain values. ValueError if it is damaged or holds code."""
+def read_checkpoint(path, keys=()):
+    """Load a dict of tensors and plain values. ValueError if it is damaged, holds code or lacks one
+    of the keys."""
     try:
         with zipfile.ZipFile(path) as archive:              # torch.load does not check the CRCs
             if any(entry.compress_type for entry in archive.infolist()) or archive.testzip():
                 raise ValueError("wrong checksum")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
     except OSError:
         raise
     except Exception:                                       # a damaged archive can raise anything
         raise ValueError("it is damaged, or contains more than weights")
+    if missing := [key for key in keys if key not in checkpoint]:
+        raise ValueError(f"it has no {', '.join(missing)}")
+    return checkpoint
 
 
 def load_model(path):
     """Build the model that a checkpoint describes -> GPT, checkpoint. SystemExit if that is
     impossible; a bug in model.py shows its own traceback."""
     try:
-        checkpoint = read_checkpoint(path)
-        weights, settings = checkpoint["model"], checkpoint["model_config"]
-    except (ValueError, KeyError, TypeError) as error:
-        why = f"it has no {error}" if isinstance(error, KeyError) else error
-        raise SystemExit(f"Cannot load {path}: {why}")
-    if unknown := set(settings) - {field.name for field in fields(GPTConfig)}:
-        raise SystemExit(f"{path} has settings that this model.py does not know: {unknown}")
-    model = GPT(GPTConfig(**settings))
-    model.load_weights(weights, path)
+        checkpoint = read_checkpoint(path, ("model", "model_config"))
+        config = GPTConfig(**checkpoint["model_config"])
+    except (OSError, ValueError, TypeError) as error:
+        raise SystemExit(f"Cannot load {path}: {error}")
+    model = GPT(config)
+    model.load_weights(checkpoint["model"], path)
     return model, checkpoint

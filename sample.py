@@ -11,13 +11,12 @@
 import argparse
 import codecs
 import re
-import signal
 import sys
 from pathlib import Path
 
 import prepare
 from data.grammar import FIELDS, format_instructions
-from model import NonFiniteLogits, best_dtype, find_device, load_model, tune_malloc
+from model import best_dtype, find_device, load_model, tune_malloc
 
 # ----------------------------------------------------------------------------------- loading a run
 
@@ -26,13 +25,12 @@ def find_run(path):
     """A run's folder or a checkpoint file -> the checkpoint file."""
     path = Path(path)
     file = path if path.is_file() else path / "ckpt.pt"
-    if file.is_file():
-        return file
-    if path.parts[:1] == ("roneneldan",):
+    if not file.is_file() and path.parts[:1] == ("roneneldan",):
         raise SystemExit(f"Import the released model first: python -m study.hf {path.as_posix()}")
-    runs = [folder.parent.as_posix() for folder in sorted(Path("out").glob("*/ckpt.pt"))]
-    raise SystemExit(f"There is no trained model at {path}. " + (
-        f"Runs here: {', '.join(runs)}" if runs else "Train one: python train.py config/demo.py"))
+    if not file.is_file():
+        raise SystemExit(f"There is no trained model at {path}. Use data/demo_model, or train one: "
+                         "python train.py config/demo.py")
+    return file
 
 
 def load_run(path, device="auto", dtype=None, without=()):
@@ -43,11 +41,10 @@ def load_run(path, device="auto", dtype=None, without=()):
     path, device = find_run(path), find_device(device)
     tune_malloc()
     model, _ = load_model(path)
-    n_layer, n_head = model.config.n_layer, model.config.n_head
     for layer, head in without:
-        if layer >= n_layer or head >= n_head:
-            raise SystemExit(f"--without {layer}.{head}: this model has layers 0-{n_layer - 1}, "
-                             f"each with heads 0-{n_head - 1}")
+        if layer >= model.config.n_layer or head >= model.config.n_head:
+            raise SystemExit(f"--without {layer}.{head}: this model has {model.config.n_layer} "
+                             f"layers of {model.config.n_head} heads, counted from 0")
         model.remove_head(layer, head)
     model.to(device, dtype or best_dtype(device))
     tokenizer = prepare.load_tokenizer(path.parent)
@@ -60,9 +57,9 @@ def load_run(path, device="auto", dtype=None, without=()):
 def results_folder(path):
     """Where the scripts write results about a run: next to the checkpoint, or in out/ for the
     model that ships with the repository."""
-    folder = find_run(path).parent
-    shipped = folder.resolve().parent == prepare.HERE / "data"
-    folder = Path("out", folder.resolve().name) if shipped else folder
+    folder = find_run(path).parent.resolve()
+    if folder.parent == prepare.HERE / "data":
+        folder = Path("out", folder.name)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -72,8 +69,7 @@ def results_folder(path):
 def encode_prompt(tokenizer, prompt, block_size):
     """The ids of the prompt after an end token: in training, each story follows one. A space at the
     end is dropped: it is part of the next token."""
-    ids = [tokenizer.eot_token] + tokenizer.encode_ordinary(
-        re.sub(r"(\s\s)\s{998,}", r"\1", prompt.rstrip(" ")))      # tiktoken fails on a million
+    ids = [tokenizer.eot_token, *tokenizer.encode_ordinary(prompt.rstrip(" "))]
     if len(ids) > block_size:
         print(f"The prompt has {len(ids)} tokens; the model's context is {block_size}, so it reads "
               f"the last {block_size // 2}.", file=sys.stderr)
@@ -97,21 +93,15 @@ def generate_texts(model, tokenizer, prompts, max_new_tokens=400, temperature=0.
                    top_p=1.0, seed=0):
     """The continuations of many prompts, generated together -> list of str."""
     ids = [encode_prompt(tokenizer, prompt, model.config.block_size) for prompt in prompts]
-    try:
-        rows = model.generate(ids, max_new_tokens, temperature, top_k, top_p, tokenizer.eot_token,
-                              seed)
-    except NonFiniteLogits as error:
-        raise SystemExit(error)
+    stop = tokenizer.eot_token
+    rows = model.generate(ids, max_new_tokens, temperature, top_k, top_p, stop, seed)
     return [tokenizer.decode(row) for row in rows]
 
 
 def print_stream(model, tokenizer, prompt, **sampling):
     print(prepare.printable(prompt.rstrip(" ")), end="", flush=True)
-    try:
-        for piece in stream_text(model, tokenizer, prompt, **sampling):
-            print(prepare.printable(piece), end="", flush=True)
-    except NonFiniteLogits as error:
-        raise SystemExit(f"\n{error}")
+    for piece in stream_text(model, tokenizer, prompt, **sampling):
+        print(prepare.printable(piece), end="", flush=True)
     print()
 
 
@@ -137,12 +127,9 @@ def format_table(rows):
 
 def layer_and_head(text):
     if not re.fullmatch(r"\d+\.\d+", text):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text}: expected LAYER.HEAD, for example 1.0")
     layer, head = text.split(".")
     return int(layer), int(head)
-
-
-layer_and_head.__name__ = "LAYER.HEAD"      # how argparse names the type in its error message
 
 
 def add_sampling_options(parser, temperature):
@@ -183,8 +170,8 @@ def main(argv=None):
         "probabilities sum to p; 1: all")
     add_sampling_options(parser, temperature=0.8)
     args = parse_args(parser, argv)
-    if args.num_samples < 1 or args.max_new_tokens < 1:
-        parser.error("-n and --max_new_tokens must be at least 1")
+    if args.num_samples < 1 or not 0 < args.max_new_tokens < 1_000_000:
+        parser.error("-n and --max_new_tokens must be at least 1 (and below a million tokens)")
     if args.top_k < 0 or not 0 < args.top_p <= 1:
         parser.error("--top_k must not be negative, and --top_p must be in (0, 1]")
     instructions = {field: vars(args)[field] for field in FIELDS if vars(args)[field]}
@@ -207,8 +194,10 @@ def main(argv=None):
         print(format_table([["prompt", *args.runs], *zip(rows, *columns)]))
     elif prompts == ["-"]:
         print("Begin a story, and the model continues it. An empty line ends.", file=sys.stderr)
-        while line := read_line():
-            print_stream(model, tokenizer, line, **sampling)
+        for line in sys.stdin or []:
+            if not line.strip():
+                break
+            print_stream(model, tokenizer, line.rstrip("\n"), **sampling)
             sampling["seed"] += 1
     elif len(rows) == 1:
         print_stream(model, tokenizer, prompts[0], **sampling)
@@ -217,14 +206,5 @@ def main(argv=None):
             print(prepare.printable(prompt.rstrip(" ") + story) + "\n" + "-" * 40)
 
 
-def read_line():
-    """A line from the terminal or a pipe; "" at its end."""
-    if sys.stdin is None:
-        return ""
-    return input("> ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
-
-
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # end quietly after `| head`
     main()

@@ -165,7 +165,7 @@ def test_a_removed_head_adds_nothing(model):
     torch.testing.assert_close(out, torch.zeros_like(out) if bias is None else bias.expand_as(out))
 
 
-@pytest.mark.parametrize("setting", [dict(pos="alibi"), dict(act="swish"), dict(norm="none"),
+@pytest.mark.parametrize("setting", [dict(pos="sinusoidal"), dict(act="swish"), dict(norm="none"),
                                      dict(init="ones"), dict(n_head=3), dict(n_layer=0),
                                      dict(window=-1)])
 def test_a_wrong_model_setting_is_an_error(setting):
@@ -560,7 +560,7 @@ def test_config_files_and_options_are_read_in_order(tmp_path):
     (["--n_layr=3"], "n_layer"), (["--n_layer=two"], "int"), (["--n_layer", "3"], "--name=value"),
     (["config/dmeo.py"], "no such config"), (["--act=swish"], "act"), ([], "which config"),
     (["--total_batch_size=1000"], "block_size"), (["--qk_norm=maybe"], "bool"),
-    (["--learning_rate=-1"], "at least 0"), (["--beta2=2"], "below 1"),
+    (["--learning_rate=-1"], "above 0"), (["--beta2=2"], "below 1"),
     (["--grad_clip=nan"], "grad_clip"), (["--micro_batch=-1"], "micro_batch"),
     (["--optimizer=sgd"], "muon"), (["--n_head=3"], "n_embd")])
 def test_a_wrong_setting_is_one_sentence_and_exit_code_2(argv, says, capsys):
@@ -606,7 +606,7 @@ def test_control_characters_are_shown_not_sent(finished, capsys):
 @pytest.mark.parametrize("arguments, says, code", [
     (["missing"], "no trained model", 1), (["roneneldan/TinyStories-1M"], "study.hf", 1),
     (["RUN", "--words", "red"], "not trained on instructions", 1),
-    (["RUN", "--without", "7.0"], "layers 0-1", 1),
+    (["RUN", "--without", "7.0"], "2 layers of 2 heads", 1),
     (["RUN", "--without=0.-1"], "LAYER.HEAD", 2), (["RUN", "--without", "x"], "LAYER.HEAD", 2),
     (["RUN", "--top_p", "0"], "top_p", 2), (["RUN", "--temperature", "nan"], "temperature", 2)])
 def test_a_mistake_in_sampling_is_one_sentence(finished, capsys, arguments, says, code):

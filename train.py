@@ -47,9 +47,8 @@ class Settings(GPTConfig):                  # the model's settings, and:
     # optimization
     optimizer: str = "muon"                 # muon (matrices; AdamW for the rest) or adamw
     learning_rate: float = 5e-3             # the peak
-    schedule: str = "linear"                # after warmup: constant, or linear cooldown to 0
     warmup_steps: int = 50
-    cooldown_frac: float = 0.6              # linear: fraction of the steps in which the rate falls
+    cooldown_frac: float = 0.6              # fraction of the steps in which the rate falls to 0
     momentum: float = 0.85                  # of Muon
     beta2: float = 0.99                     # of AdamW
     weight_decay: float = 0.3               # of matrices
@@ -68,23 +67,18 @@ class Settings(GPTConfig):                  # the model's settings, and:
     seed: int = 0
     device: str = "auto"                    # auto, cpu, cuda, mps
     dtype: str = "auto"                     # auto, bfloat16, float16, float32
-    compile: str = "auto"                   # torch.compile: auto (on CUDA), True, False
+    compile: bool = True                    # torch.compile, on CUDA
     overwrite: bool = False                 # delete the run that is in out_dir
 
-    options = GPTConfig.options | dict(
-        optimizer=("muon", "adamw"), schedule=("constant", "linear"),
-        compile=("auto", "True", "False"), device=("auto", "cpu", "cuda", "mps"),
-        dtype=("auto", "bfloat16", "float16", "float32"))
+    options = GPTConfig.options | dict(optimizer=("muon", "adamw"),
+                                       dtype=("auto", "bfloat16", "float16", "float32"))
+    positive = (*GPTConfig.positive, "learning_rate", "total_batch_size", "max_steps")
 
     def __post_init__(self):
         super().__post_init__()
-        for f in fields(self):
-            if f.type in (int, float) and not 0 <= getattr(self, f.name) < 2**60:
-                raise ValueError(f"{f.name}={getattr(self, f.name)}: expected at least 0")
-        if not self.learning_rate or not self.max_steps or self.beta2 >= 1 or self.momentum >= 1:
-            raise ValueError("learning_rate and max_steps must be positive, beta2 and momentum "
-                             "below 1")
-        if self.total_batch_size < 1 or self.total_batch_size % self.block_size:
+        if self.beta2 >= 1 or self.momentum >= 1:
+            raise ValueError("beta2 and momentum must be below 1")
+        if self.total_batch_size % self.block_size:
             raise ValueError(f"total_batch_size={self.total_batch_size} must be a multiple of "
                              f"block_size={self.block_size}")
 
@@ -104,23 +98,27 @@ def usage_error(message):
 
 
 def read_config(path):
-    """The settings of a config file -> [(name, value)], without imports and _names."""
-    tree = ast.parse(Path(path).read_text(encoding="utf-8-sig"), path)
-    imported = {alias.asname or alias.name for node in ast.walk(tree)
-                if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+    """The assignments of a config file -> [(name, value)], without imports and _names."""
+    try:
+        tree = ast.parse(Path(path).read_bytes(), path)
+    except (SyntaxError, ValueError) as error:
+        usage_error(f"{path} is not a Python file: {error}")
+    assigned = {node.id for node in ast.walk(tree)
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     return [(name, value) for name, value in runpy.run_path(path).items()
-            if name[0] != "_" and name not in imported]
+            if name in assigned and name[0] != "_"]
 
 
 def convert(value, kind):
-    """A value from a config file or the command line -> the setting's type. ValueError if not."""
+    """A value from a config file or the command line -> the setting's type, where possible."""
     if isinstance(value, str) and kind is bool:
-        value = {"true": True, "false": False}.get(value.lower(), value)
-    elif isinstance(value, str) or (kind is float and type(value) is int):
-        value = kind(value)
-    if type(value) is not kind:
-        raise ValueError
-    return value
+        return {"true": True, "false": False}.get(value.lower(), value)
+    if kind is float and type(value) is int:
+        return float(value)
+    try:
+        return kind(value) if isinstance(value, str) else value
+    except ValueError:
+        return value                                # Settings will refuse it
 
 
 def load_settings(argv):
@@ -128,9 +126,9 @@ def load_settings(argv):
     if {"-h", "--help"} & set(argv):
         print(__doc__, inspect.getsource(GPTConfig), inspect.getsource(Settings), sep="\n")
         raise SystemExit
-    kinds, values = {f.name: f.type for f in fields(Settings)}, {}
     if not argv:
         usage_error("which config? For example: python train.py config/demo.py")
+    kinds, values = {f.name: f.type for f in fields(Settings)}, {"out_dir": "out/run"}
     for arg in argv:
         if arg.startswith("--") and "=" in arg:
             assignments = [arg[2:].split("=", 1)]
@@ -142,12 +140,8 @@ def load_settings(argv):
             if name not in kinds:
                 nearest = difflib.get_close_matches(name, kinds, n=1, cutoff=0)[0]
                 usage_error(f"{arg}: there is no setting {name!r}; did you mean {nearest!r}?")
-            try:
-                values[name] = convert(value, kinds[name])
-            except ValueError:
-                usage_error(f"{arg}: {name} must be of type {kinds[name].__name__}, "
-                            f"not {value!r}")
-    values["out_dir"] = os.path.expanduser(values.get("out_dir", "out/run"))
+            values[name] = convert(value, kinds[name])
+    values["out_dir"] = os.path.expanduser(values["out_dir"])
     try:
         return Settings(**values)
     except ValueError as error:
@@ -157,15 +151,14 @@ def load_settings(argv):
 # ------------------------------------------------------------------------------------------ data
 
 def load_dataset(name):
-    """The folder and meta.json of a prepared data set. The ones that prepare.py knows are
-    downloaded and prepared if they are missing."""
+    """The folder and meta.json of a data set. One that prepare.py knows is prepared if missing."""
     name = os.path.expanduser(name)
-    folder = Path(name) if (Path(name) / "meta.json").is_file() else prepare.HERE / "data" / name
+    folder = Path(name) if Path(name, "meta.json").is_file() else prepare.HERE / "data" / name
     if not (folder / "meta.json").is_file():
         if name not in prepare.SAMPLES and name not in prepare.SOURCES:
             raise SystemExit(f"There is no data set {name!r}. Prepare it first: "
                              f"python prepare.py {shlex.quote(name)} --input STORIES.txt")
-        print(f"Preparing {name} first (python prepare.py {name}):", flush=True)
+        print0(f"Preparing {name} first (python prepare.py {name}):")
         prepare.main([name])
     meta = prepare.verify_dataset(folder)
     if prepare.grammar_changed(meta):
@@ -201,8 +194,7 @@ def get_batch(file, block_size, rows, seed):
 
 def validation_batches(file, eot, block_size, eval_tokens, rows=16):
     """Two views of the same validation text, as lists of batches x, y: windows of the token stream
-    (comparable between runs), and whole stories, each read from its own beginning (cut at
-    block_size)."""
+    (comparable between runs), and whole stories, each from its beginning (cut at block_size)."""
     data = np.fromfile(file, dtype=np.uint16).astype(np.int64)
     data = data[:eval_tokens + 1] if eval_tokens else data
     n = (len(data) - 1) // block_size * block_size
@@ -234,14 +226,12 @@ def bits_per_byte(batches, tokenizer):
 @torch.no_grad()
 def evaluate(model, batches, device, autocast):
     """Mean loss in nats per token."""
-    model.eval()
     total, count = 0.0, 0
     for x, y in batches:
         with autocast:
             _, loss = model(x.to(device), y.to(device))
         n = int((y >= 0).sum())
         total, count = total + loss.item() * n, count + n
-    model.train()
     return total / count
 
 
@@ -289,23 +279,21 @@ def make_optimizers(model, settings, device):
     matrices = [p for p in model.blocks.parameters() if p.ndim >= 2]
     is_matrix = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in is_matrix]
-    groups = [{"params": others, "weight_decay": 0.0}]
     decayed = {"params": matrices, "weight_decay": settings.weight_decay}
-    if settings.optimizer == "adamw":
+    groups, optimizers = [{"params": others, "weight_decay": 0.0}], []
+    lr = settings.learning_rate
+    if settings.optimizer == "muon":
+        optimizers.append(Muon([decayed], dict(lr=lr, momentum=settings.momentum)))
+    else:
         groups.append(decayed)
-    adamw = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, settings.beta2),
-                              fused=device.type == "cuda")
-    if settings.optimizer == "adamw":
-        return [adamw]
-    return [adamw, Muon([decayed], dict(lr=settings.learning_rate, momentum=settings.momentum))]
+    adamw = torch.optim.AdamW(groups, lr, (0.9, settings.beta2), fused=device.type == "cuda")
+    return [adamw, *optimizers]
 
 
 def lr_multiplier(settings, step):
     """Learning rate of a step as a fraction of the peak: linear warmup, flat, linear cooldown."""
     if step < settings.warmup_steps:
         return (step + 1) / settings.warmup_steps
-    if settings.schedule == "constant":
-        return 1.0
     left = (settings.max_steps - step) / max(settings.max_steps - settings.warmup_steps, 1)
     return min(1.0, left / max(settings.cooldown_frac, 1e-9))
 
@@ -332,15 +320,14 @@ COUNTERS = ("step", "seconds", "loss_sum", "loss_steps", "micro_batch", "log")
 def save_checkpoint(settings, run, meta):
     """Write ckpt.pt, completely or not at all -> True if it worked (else the next save retries)."""
     folder = Path(settings.out_dir)
-    if not all(p.isfinite().all() for p in run.model.parameters()):
-        print0("The weights are not finite, so they are not saved.", sys.stderr)
-        return False
     weights = {"model": run.model.state_dict(), "model_config": asdict(run.model.config),
                "settings": asdict(settings), "meta": meta, "step": run.step}
     training = {"optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
                 "scaler": run.scaler.state_dict(),
                 "counters": {name: getattr(run, name) for name in COUNTERS}}
     try:
+        if not all(p.isfinite().all() for p in run.model.parameters()):
+            raise RuntimeError("the weights are not finite")
         with prepare.atomic_write(folder / "ckpt.pt") as file:
             torch.save(weights | training, file)
         if settings.keep_checkpoints:
@@ -348,58 +335,50 @@ def save_checkpoint(settings, run, meta):
                 torch.save(weights, file)
         return True
     except (OSError, RuntimeError) as error:        # torch reports a full disk as a RuntimeError
-        print0(f"Could not save {folder}/ckpt.pt: {error}. The previous one is kept.", sys.stderr)
+        print0(f"Could not save {folder}/ckpt.pt: {error}", sys.stderr)
         return False
 
 
 def load_checkpoint(settings, run, meta):
     """Continue the run in out_dir, if there is one, exactly where it stopped."""
-    path = Path(settings.out_dir, "ckpt.pt")
-    if settings.overwrite and RANK == 0:
+    path, new = Path(settings.out_dir, "ckpt.pt"), asdict(settings)
+    if settings.overwrite:
         for old in path.parent.glob("ckpt*.pt"):
-            old.unlink()
-    if settings.overwrite or not path.exists():
+            old.unlink(missing_ok=True)             # another process may have been first
+    if not path.exists():
         return
-    choose = "Choose another --out_dir, or delete that run with --overwrite=True."
-    new = asdict(settings)
     try:
-        checkpoint = read_checkpoint(path)
-        old, states, counters = (checkpoint[key] for key in ("settings", "optimizers", "counters"))
+        checkpoint = read_checkpoint(path, ("model", "settings", "meta", "optimizers", "scaler",
+                                            "counters"))
+        old, counters = checkpoint["settings"], checkpoint["counters"]
         differ = [f"{name}={old.get(name)}, now {new[name]}" for name in new
                   if old.get(name) != new[name] and name not in MAY_CHANGE]
         if checkpoint["meta"] != meta:
             differ.append("another version of the data set")
         if differ:
             raise ValueError(f"it belongs to a different run: {'; '.join(differ)}")
-        if set(counters) != set(COUNTERS) or not isinstance(counters["log"], list) or any(
-                type(counters[name]) is not int or counters[name] < 1
-                for name in ("step", "micro_batch")):
+        if set(counters) != set(COUNTERS) or not 0 < counters["step"] == checkpoint["step"]:
             raise ValueError("its counters are invalid")
-        for optimizer, state in zip(run.optimizers, states, strict=True):
-            if not state["state"]:
-                raise ValueError("it has no state of the optimizer")
+        for optimizer, state in zip(run.optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
+            if not optimizer.state:
+                raise ValueError("it has no state of the optimizer")
         run.scaler.load_state_dict(checkpoint["scaler"])
-    except KeyError as error:
-        raise SystemExit(f"Cannot continue {path}: it has no {error} (--init_from needs only "
-                         f"weights). {choose}")
-    except (ValueError, TypeError, AttributeError) as error:
-        raise SystemExit(f"Cannot continue {path}: {error}. {choose}")
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise SystemExit(f"Cannot continue {path}: {error}. Choose another --out_dir, delete that "
+                         "run with --overwrite=True, or use only its weights with --init_from.")
     run.model.load_weights(checkpoint["model"], path)
-    for name, value in counters.items():
-        setattr(run, name, value)
+    for name in COUNTERS:
+        setattr(run, name, counters[name])
 
 
 def load_initial_weights(model, settings, tokenizer):
     """--init_from: start from the weights of another run of the same shape and tokenizer."""
-    path = Path(os.path.expanduser(settings.init_from))
-    path = path / "ckpt.pt" if path.is_dir() else path
-    if not path.is_file():
-        raise SystemExit(f"--init_from={settings.init_from}: there is no {path}")
+    path = Path(os.path.expanduser(settings.init_from), "ckpt.pt")
     other, _ = load_model(path)
-    differ = [f"{name}={value}, here {getattr(model.config, name)}"
-              for name, value in asdict(other.config).items()
-              if value != getattr(model.config, name) and name != "init"]
+    ours, theirs = asdict(model.config), asdict(other.config)
+    differ = [f"{name}={theirs[name]}, here {ours[name]}" for name in ours
+              if theirs[name] != ours[name] and name != "init"]
     if prepare.load_tokenizer(path.parent)._mergeable_ranks != tokenizer._mergeable_ranks:
         differ.append("another tokenizer (python prepare.py NAME --input FILE --tokenizer "
                       f"{shlex.quote(settings.init_from)})")
@@ -462,22 +441,17 @@ def setup_device(settings):
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=4))
     dtype = best_dtype(name) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     autocast = torch.autocast(name, dtype) if dtype != torch.float32 else nullcontext()
+    torch.set_float32_matmul_precision("high")      # float32 products may use TF32
+    tune_malloc()
     return device, dtype, autocast
 
 
 def all_reduce_gradients(model):
     """Replace each gradient by its mean over all processes, in one all-reduce."""
     grads = [p.grad for p in model.parameters()]
-    flat = torch.cat([grad.flatten() for grad in grads])
-    dist.all_reduce(flat)
-    for grad, mean in zip(grads, (flat / WORLD_SIZE).split([grad.numel() for grad in grads])):
-        grad.copy_(mean.view_as(grad))
-
-
-def all_reduce_max(number, device):
-    number = torch.tensor(number, device=device)
-    dist.all_reduce(number, dist.ReduceOp.MAX)
-    return int(number)
+    vector = nn.utils.parameters_to_vector(grads)
+    dist.all_reduce(vector)
+    nn.utils.vector_to_parameters(vector / WORLD_SIZE, grads)
 
 
 def choose_micro_batch(settings, device):
@@ -498,11 +472,10 @@ def catch_signals():
     received = []
 
     def handler(number, frame):
-        if received:
-            os._exit(128 + number)
         received.append(number)
+        signal.signal(number, signal.SIG_DFL)
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):                        # Windows has no SIGHUP
         number = getattr(signal, name, None)
         if number and signal.getsignal(number) != signal.SIG_IGN:       # nohup ignores SIGHUP
             signal.signal(number, handler)
@@ -510,8 +483,8 @@ def catch_signals():
 
 
 def announce_duration(settings, device, autocast):
-    """If the run will take hours on this machine, say so before anything is downloaded. Times a
-    micro-batch of random tokens."""
+    """Say so before anything is downloaded, if the run will take hours on this machine. Measured
+    with a micro-batch of random tokens."""
     model = GPT(model_config(settings)).to(device)
     rows = choose_micro_batch(settings, device)
     x = torch.randint(settings.vocab_size, (rows, settings.block_size), device=device)
@@ -588,8 +561,8 @@ def start_run(settings, meta, tokenizer, device, dtype):
            f"{str(dtype)[6:]}, {run.micro_batch} rows at a time"
            + (f"; continuing at step {run.step:,}" if run.step else ""))
     if epochs > 20:
-        print0(f"The model will read the same text {epochs:.0f} times and may memorize it. "
-               "Watch the validation loss; use more text or fewer --max_steps.")
+        print0("The model will read the same text many times and may memorize it. Watch the "
+               "validation loss; use more text or fewer --max_steps.")
     return run
 
 
@@ -621,14 +594,12 @@ def train(settings, signals=list):
         raise SystemExit(f"{data} has {meta['train']['tokens']} training tokens; block_size={T} "
                          f"needs at least {2 * T}.")
     quick_eval, final_eval = (validation_batches(data / "val.bin", meta["eot"], T, n)
-                   for n in (settings.eval_tokens, settings.final_eval_tokens))
+                              for n in (settings.eval_tokens, settings.final_eval_tokens))
     beginning = np.fromfile(data / "val.bin", np.uint16, 8).tolist()    # of a validation story
-    entropy_floor = meta.get("entropy_bound", {}).get("nats_per_token")
+    entropy_floor = meta.get("entropy_floor", {}).get("nats_per_token")
 
-    tune_malloc()
-    torch.set_float32_matmul_precision("high")      # float32 products may use TF32
     run = start_run(settings, meta, tokenizer, device, dtype)
-    compiled = {"auto": device.type == "cuda", "True": True, "False": False}[settings.compile]
+    compiled = settings.compile and device.type == "cuda"
     loss_fn = torch.compile(run.model, dynamic=False) if compiled else run.model
     if RANK == 0:
         for name in ("tokenizer.tiktoken", "meta.json"):
@@ -649,19 +620,20 @@ def train(settings, signals=list):
         print_due = log_due or time.time() - printed > 10       # the first step prints at once
         sample_due = last or run.step in SAMPLE_STEPS
         if WORLD_SIZE > 1 and (log_due or device.type == "cpu"):
-            stop = all_reduce_max(len(signals), device) > 0     # all stop after the same step
+            stop_votes = torch.tensor(len(signals), device=device)
+            dist.all_reduce(stop_votes)             # all processes stop after the same step
+            stop = stop_votes.item() > 0
         if not (print_due or eval_due or sample_due or save_due):
             continue
 
         if WORLD_SIZE > 1 and (log_due or eval_due or save_due):
             dist.all_reduce(run.loss_sum)
             run.loss_sum /= WORLD_SIZE
-        loss = float(run.loss_sum) / run.loss_steps             # waits for the device
-        if not math.isfinite(loss if run.scaler.is_enabled() else loss + float(grad_norm)):
-            raise SystemExit(f"At step {run.step:,} the loss is {loss:.4g} and the gradient norm "
-                             f"{float(grad_norm):.4g}. The last checkpoint is kept. " + (
-                                 "Try a smaller --learning_rate." if run.step > 1 else
-                                 "These are the initial weights: check model.py."))
+        loss, grad_norm = float(run.loss_sum) / run.loss_steps, float(grad_norm)    # GPU syncs
+        if not math.isfinite(loss if run.scaler.is_enabled() else loss + grad_norm):
+            why = "Try a smaller --learning_rate." if run.step > 1 else "Check model.py."
+            raise SystemExit(f"The loss is {loss:.4g} and the gradient norm {grad_norm:.4g} after "
+                             f"step {run.step:,}. {why}")
         spent, row = time.time() - clock, {}
         run.seconds += spent
         if print_due:
@@ -671,7 +643,7 @@ def train(settings, signals=list):
                    f"{speed:,.0f} tokens/s | {left // 60:.0f}m{left % 60:02.0f}s left")
             printed = time.time()
         if log_due:
-            row = {"train_loss": loss, "lr": lr, "grad_norm": float(grad_norm),
+            row = {"train_loss": loss, "lr": lr, "grad_norm": grad_norm,
                    "tokens_per_s": round(speed)}
             run.loss_sum, run.loss_steps = 0.0, 0
         if RANK == 0 and eval_due:
@@ -711,19 +683,22 @@ def train(settings, signals=list):
         raise SystemExit(128 + (signals or [signal.SIGTERM])[0] if stop else 1)
 
 
+def lock_run(folder):
+    """Create the folder of a run and keep other commands out of it, inside a `with` statement."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        return FileLock(Path(folder, f".lock{RANK}")).acquire(blocking=False)
+    except Timeout:
+        raise SystemExit(f"Another command is training in {folder}. Choose another --out_dir.")
+    except OSError as error:
+        usage_error(f"--out_dir={folder}: {error.strerror}")
+
+
 def main():
     prepare.setup_console()
     settings = load_settings(sys.argv[1:])
-    try:
-        os.makedirs(settings.out_dir, exist_ok=True)
-    except OSError as error:
-        usage_error(f"--out_dir={settings.out_dir}: {error.strerror}")
-    try:
-        with FileLock(Path(settings.out_dir, f".lock{RANK}"), blocking=False):
-            train(settings, catch_signals)
-    except Timeout:
-        raise SystemExit(f"Another command is training in {settings.out_dir}. Choose another "
-                         "--out_dir.")
+    with lock_run(settings.out_dir):
+        train(settings, catch_signals)
 
 
 if __name__ == "__main__":
