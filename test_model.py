@@ -683,7 +683,7 @@ def test_completions_are_cached_by_checkpoint_and_code(tmp_path, monkeypatch):
     torch.save({"model": GPT(GPTConfig(**config)).state_dict(), "model_config": config},
                tmp_path / "ckpt.pt")
     prepare.save_tokenizer(tmp_path, {bytes([i]): i for i in range(256)})
-    prepare.write_text(tmp_path / "meta.json", '{"dataset": "x", "vocab_size": 257, "eot": 256}')
+    prepare.write_meta(tmp_path, {"dataset": "x", "vocab_size": 257, "eot": 256})
     prepare.write_text(tmp_path / "p.txt", "One day\nTom ***ran.")
     batches = []
     for n, code in ((1, "a"), (2, "a"), (2, "a"), (2, "b")):

@@ -695,7 +695,7 @@ def lock_run(folder):
 
 
 def main():
-    prepare.setup_console()
+    prepare.setup_console(end_on_error=False)
     settings = load_settings(sys.argv[1:])
     with lock_run(settings.out_dir):
         train(settings, catch_signals)

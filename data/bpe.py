@@ -1,16 +1,55 @@
 """How does a tokenizer learn its tokens?
 
 Byte-pair encoding: merge the most frequent pair of neighbors into a new token, again and again.
-train_bpe learns merges from a text; prune_bpe keeps the tokens of a larger vocabulary that a text
-needs.
+learn_bpe learns a tokenizer from a text; prune_gpt2 keeps the tokens of GPT-2 that a text needs.
 """
 
 import functools
 import heapq
 import math
+import os
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import regex
+import tiktoken
 
 from data.download import progress
+
+EOT = "<|endoftext|>"               # between stories in text files; one token
+# Pre-tokenization: contractions ('s), words, numbers, punctuation, spaces. No merge crosses them.
+# BPE_PATTERN keeps combining marks (accents, vowel signs of Hindi) with letters.
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+BPE_PATTERN = GPT2_PATTERN.replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(r"\s\p{L}", r"\s\p{L}\p{M}")
+
+
+def make_encoding(ranks, pattern=None):
+    """{bytes of a token: its id} -> tiktoken.Encoding, with the end token as the last id."""
+    return tiktoken.Encoding("stories", pat_str=pattern or GPT2_PATTERN, mergeable_ranks=ranks,
+                             special_tokens={EOT: len(ranks)})
+
+
+def encode_stories(encoding, stories):
+    """Stories -> the ids of their tokens, each story followed by the end token: (N,) uint32."""
+    texts = [EOT.join([*stories[i:i + 256], ""]) for i in range(0, len(stories), 256)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:        # tiktoken releases the GIL
+        rows = pool.map(lambda text: encoding.encode_to_numpy(text, allowed_special={EOT}), texts)
+        return np.concatenate([np.zeros(0, np.uint32), *rows])
+
+
+# -------------------------------------------------------------------------------- learn new tokens
+
+def learn_bpe(sample, vocab_size):
+    """A tokenizer learned from a sample (lists of stories)."""
+    words = Counter()
+    for stories in sample:
+        for story in stories:
+            words.update(word for word in regex.findall(BPE_PATTERN, story) if len(word) < 1_000)
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    for left, right in train_bpe(words, vocab_size):
+        ranks.setdefault(left + right, len(ranks))
+    return make_encoding(ranks, BPE_PATTERN)
 
 
 def train_bpe(words, vocab_size):
@@ -19,54 +58,79 @@ def train_bpe(words, vocab_size):
     words: {pre-token: count}. Returns the merges in order, as pairs of bytes:
     vocab_size minus the 256 bytes and the end token, or fewer if no pair is left. Of
     equally frequent pairs, the lexicographically greater one is first, as in Stanford's CS336."""
-    times = list(words.values())
+    word_counts = list(words.values())
     words = [[bytes([byte]) for byte in word.encode()] for word in words]
-    counts, where = Counter(), defaultdict(set)     # how often a pair occurs, and in which words
+    pair_counts, words_with = Counter(), defaultdict(set)   # words_with: the words that have a pair
     for i, word in enumerate(words):
         for pair in zip(word, word[1:]):
-            counts[pair] += times[i]
-            where[pair].add(i)
+            pair_counts[pair] += word_counts[i]
+            words_with[pair].add(i)
 
     @functools.cache
     def descending(token):      # sorts greater tokens first, and "ab" before "a"
         return "".join(chr(255 - byte) for byte in token) + "\u0100"
 
     def entry(pair):            # the smallest entry of the heap is the next merge
-        return -counts[pair], descending(pair[0]), descending(pair[1]), pair
+        return -pair_counts[pair], descending(pair[0]), descending(pair[1]), pair
 
-    heap, merges = [entry(pair) for pair in counts], []
+    heap, merges = [entry(pair) for pair in pair_counts], []
     heapq.heapify(heap)
     with progress("learning merges", vocab_size - 257, unit="") as bar:
         while heap and len(merges) < vocab_size - 257:
             count, _, _, pair = heapq.heappop(heap)
-            if -count != counts[pair]:              # outdated: the pair has become rarer
-                if counts[pair]:
+            if -count != pair_counts[pair]:         # outdated: the pair has become rarer
+                if pair_counts[pair]:
                     heapq.heappush(heap, entry(pair))
                 continue
             merges.append(pair)
             bar.update()
             (left, right), joined, new = pair, pair[0] + pair[1], set()
-            for i in where.pop(pair):
-                word, n, j = words[i], times[i], 0
+            for i in words_with.pop(pair):
+                word, n, j = words[i], word_counts[i], 0
                 while j < len(word) - 1:
                     if word[j] == left and word[j + 1] == right:    # merge, and update neighbors
                         if j > 0:
-                            counts[word[j - 1], left] -= n
-                            counts[word[j - 1], joined] += n
-                            where[word[j - 1], joined].add(i)
-                            new.add((word[j - 1], joined))
+                            before = word[j - 1]
+                            pair_counts[before, left] -= n
+                            pair_counts[before, joined] += n
+                            words_with[before, joined].add(i)
+                            new.add((before, joined))
                         if j + 2 < len(word):
-                            counts[right, word[j + 2]] -= n
-                            counts[joined, word[j + 2]] += n
-                            where[joined, word[j + 2]].add(i)
-                            new.add((joined, word[j + 2]))
+                            after = word[j + 2]
+                            pair_counts[right, after] -= n
+                            pair_counts[joined, after] += n
+                            words_with[joined, after].add(i)
+                            new.add((joined, after))
                         word[j:j + 2] = [joined]
                     j += 1
-            counts[pair] = 0
+            pair_counts[pair] = 0
             for other in new:
-                if counts[other]:
+                if pair_counts[other]:
                     heapq.heappush(heap, entry(other))
     return merges
+
+
+# --------------------------------------------------------------- keep tokens of a larger vocabulary
+
+def gpt2_ranks():
+    try:
+        return tiktoken.get_encoding("gpt2")._mergeable_ranks
+    except Exception as error:          # its download can raise anything
+        raise SystemExit(f"tiktoken cannot download GPT-2's vocabulary ({type(error).__name__}). "
+                         "Use --tokenizer bpe, or set TIKTOKEN_CACHE_DIR to a folder that has it.")
+
+
+def prune_gpt2(ranks, sample, vocab_size):
+    """GPT-2's tokenizer, with its most frequent tokens in a sample (lists of stories)."""
+    full = make_encoding(ranks)
+    counts, n_characters = np.zeros(full.n_vocab, int), 0       # counts: of each token
+    for stories in sample:
+        counts += np.bincount(encode_stories(full, stories), minlength=full.n_vocab)
+        n_characters += sum(map(len, stories))
+    if counts.sum() > 0.7 * n_characters:
+        print(f"GPT-2's tokenizer needs {counts.sum() / n_characters:.1f} tokens per character of "
+              "this text. Better: --tokenizer bpe, which is learned from it.")
+    return make_encoding(prune_bpe(ranks, counts, vocab_size))
 
 
 def merge(parts, pair):

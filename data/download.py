@@ -41,9 +41,9 @@ def hub_url(repo, revision, file, kind="datasets/"):
     return f"{host}/{kind}{repo}/resolve/{revision}/{file}"
 
 
-def download(url, path, size=None, sha256=None):
+def download(url, path, sha256=None):
     """Download to path, complete and checked. What has arrived stays in a .part file, and the next
-    attempt continues there. The hub is asked for a size or sha256 that is not given."""
+    attempt continues there. The hub names the size, and the sha256 if it is not given."""
     if path.exists():
         return
     token = os.environ.get("HF_TOKEN", "").strip()
@@ -61,9 +61,9 @@ def download(url, path, size=None, sha256=None):
         head = session.head(url, timeout=TIMEOUT)       # not redirected: the hub's own headers
         sizes = [head.headers.get("X-Linked-Size", "")]
         sizes += [head.headers.get("Content-Length", "")] * (head.status_code == 200)
-        size = size or next((int(n) for n in sizes if re.fullmatch("[0-9]{1,15}", n)), None)
-        found = re.search("[0-9a-f]{64}", head.headers.get("X-Linked-Etag", ""))
-        sha256 = sha256 or (found and found[0])
+        size = next((int(n) for n in sizes if re.fullmatch("[0-9]{1,15}", n)), None)
+        named = re.search("[0-9a-f]{64}", head.headers.get("X-Linked-Etag", ""))
+        sha256 = sha256 or (named and named[0])
         if not sha256:
             part.unlink(missing_ok=True)                # it may be of another version
         if shutil.disk_usage(part.parent).free < 1.6 * (size or 0):     # text and tokens

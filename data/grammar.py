@@ -4,7 +4,6 @@
     print(Story(rules, plots, random.Random(0)).text)
 """
 
-import functools
 import itertools
 import math
 import os
@@ -14,16 +13,13 @@ from collections import Counter
 from pathlib import Path
 
 GRAMMAR = Path(__file__).resolve().with_name("grammar.txt")
-FEATURES = ("Dialogue", "BadEnding", "MoralValue", "Twist", "Foreshadowing", "Conflict")
 FIELDS = ("Features", "Words", "Summary", "Random sentence")
 FIELD_ORDERS = [order for n in range(1, 5) for order in itertools.permutations(FIELDS, n)]
 
 
 def read_grammar(path=GRAMMAR):
-    """Read a grammar file -> rules, plots.
-
-    rules: {name: (is_variable, entries)}; an entry is {form: text}, form "" is the entry itself.
-    plots: dicts of name, words, summary and scenes (lists of options)."""
+    """Read a grammar file -> rules {name: (is_variable, entries)} and plots (dicts of name, words,
+    summary and scenes, lists of options). An entry is {form: text}; form "" is the entry itself."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
@@ -35,11 +31,10 @@ def read_grammar(path=GRAMMAR):
     for name, shared, kind, options in re.findall(rule, text):
         entries = []
         for option in options.split(" | "):
-            option, own = re.fullmatch(r"(.*?)(?: \((.*=.*)\))?", option.strip()).groups("")
+            option, forms = re.fullmatch(r"(.*?)(?: \((.*=.*)\))?", option.strip()).groups("")
             if not option or option != option.strip("|") or option.count("{") != option.count("}"):
-                raise SystemExit(f"{path}: rule {name!r} has an empty option, or spaces around | "
-                                 "inside {...}.")
-            forms = re.findall(r"(\w+)=([^,]*)", f"{shared}, {own}")
+                raise SystemExit(f"{path}: {name!r} has an empty option, or spaces in {{a|b}}.")
+            forms = re.findall(r"(\w+)=([^,]*)", f"{shared}, {forms}")
             entries.append({**dict(forms), "": option})
         rules[name] = kind == "=", entries
     leftover, *texts = re.split(r"(?m)^plot ", re.sub(rule, "", text))
@@ -57,10 +52,9 @@ def read_grammar(path=GRAMMAR):
 
 
 class Story:
-    """One story, made by random choices: .text, .plot, .features, .bindings {variable: forms}.
-
-    nats: each choice among n options adds log n. The sum is -log p(choices), an upper bound of
-    -log p(text): other choices may give the same text."""
+    """One story, made by random choices: .text, .plot, .features, .bindings {variable: forms} and
+    .nats, the sum of log n over all choices among n options. Other choices may give the same text:
+    it is an upper bound of -log p(text)."""
 
     def __init__(self, rules, plots, rng, replay=()):   # replay: indices of the first choices
         self.rules, self.plots, self.rng, self.replay = rules, plots, rng, iter(replay)
@@ -80,15 +74,15 @@ class Story:
 
     def expand(self, template):
         """Fill every {...} of a template, and write "an" before vowels."""
+        where = f"The grammar's plot {self.plot['name']!r}"
         try:
             text = re.sub(r"\{([^{}]*)\}", lambda match: self.fill(match[1]), template)
-            if torn := re.search(r"[{}][^ ]*", text):
-                raise KeyError(torn[0])
-        except (KeyError, RecursionError) as error:
-            why = (f"{error} is no rule, and no form of one, in {template!r}"
-                   if isinstance(error, KeyError) else
-                   "two rules name each other, or a list is too short for its variables")
-            raise SystemExit(f"The grammar's plot {self.plot['name']!r}: {why}.")
+        except KeyError as error:
+            raise SystemExit(f"{where}: no rule or form {error} ({template!r}).")
+        except RecursionError:
+            raise SystemExit(f"{where}: two rules name each other, or a list is too short.")
+        if re.search("[{}]", text):
+            raise SystemExit(f"{where}: one of {{ and }} is missing ({template!r}).")
         return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
 
     def fill(self, inside):
@@ -100,7 +94,7 @@ class Story:
         forms = self.bindings.get(name) or self.draw_entry(name)
         if self.rules[name][0] and name not in self.bindings:
             if forms[""] in [other[""] for other in self.bindings.values()]:
-                return self.fill(inside)                # draw again: all variables differ
+                return self.fill(inside)                # again: all variables differ
             self.bindings[name] = forms
         return forms[form][:1].upper() + forms[form][1:] if capital else forms[form]
 
@@ -113,23 +107,24 @@ class Story:
         text = self.expand(entry[""])
         return {**{end: text + end for end in ("s", "ed", "ing")}, **entry, "": text}
 
-    @functools.cached_property
+    @property
     def charges(self):
-        """Where the text reveals its choices: [(character position, nats)]; the sum is self.nats.
+        """Where the text reveals its choices: [(position, nats)]; the sum is self.nats.
 
-        For each choice, the story is generated again with every other option. Where m options that
-        fit the text so far become k, it reveals log(m / k) nats: a hero's name at the name, not at
-        "girl", where it was drawn. What is never revealed is charged at the end."""
+        For each choice, the story is generated with every other option. Where m options that fit
+        the text become k, it reveals log(m / k) nats: a hero's name at the name, not at "girl",
+        where it was drawn. What is never revealed is charged at the end."""
         numbers, charges = [number for number, _ in self.choices[:self.n_choices]], []
         for i, number in enumerate(numbers):
-            alike = self.choices[i][1]
-            others = [Story(self.rules, self.plots, random.Random(0),
-                            [*numbers[:i], other, *numbers[i + 1:]])
-                      for other in range(alike) if other != number]
-            ends = Counter(len(os.path.commonprefix([self.text, other.text])) for other in others)
+            m = self.choices[i][1]
+            ends = Counter()
+            for other in set(range(m)) - {number}:
+                replay = [*numbers[:i], other, *numbers[i + 1:]]
+                story = Story(self.rules, self.plots, random.Random(0), replay)
+                ends[len(os.path.commonprefix([self.text, story.text]))] += 1
             for position, n in sorted(ends.items()):
-                charges.append((position, math.log(alike / (alike - n))))
-                alike -= n
+                charges.append((position, math.log(m / (m - n))))
+                m -= n
         return sorted(charges)
 
     def record(self):

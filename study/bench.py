@@ -1,27 +1,21 @@
 """How fast are training and sampling, compared with transformers and with the machine's limit?
 
-    python -m study.bench                           # 3 minutes on two CPU cores
-    python -m study.bench --llama2c llama2.c/run    # also llama2.c's program
-    python -m study.bench --ladder                  # on a GPU: what each optimization is worth
-    python -m study.bench --profile                 # where the time goes
+    python -m study.bench               # 3 minutes on two CPU cores
+    python -m study.bench --ladder      # on a GPU: what each optimization is worth
 
 GPT-Neo and GPT-2 are those of transformers (if installed), in the shape of tiny_8l. All take turns,
 because a machine's speed changes from minute to minute: the tables show medians, and each ratio is
 the median of the ratios within a round. The last line is JSON with all ratios.
 """
 
-import argparse
 import importlib.util
 import json
-import os
 import statistics
-import struct
-import subprocess
 import sys
-import tempfile
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from contextlib import nullcontext
-from dataclasses import astuple, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,15 +23,14 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # also works as a plain file
-
-from model import GPT, ChunkedCrossEntropy, GPTConfig, best_dtype, tune_malloc
+import prepare
+from model import GPT, GPTConfig, best_dtype, tune_malloc
 from study.hf import neo_config
 from train import Settings, make_optimizers
 
 SHAPE = GPTConfig(vocab_size=10_000, n_layer=8, n_head=4, n_embd=256)
 NEW_TOKENS = 200            # per row, in sampling
 WORK = {"cpu": (2048, 4_096), "cuda": (8192, 65_536)}   # width of the matrix, tokens of a step
-
 
 # From a simple training step to that of train.py: each row changes the one before.
 LADDER = {
@@ -122,34 +115,10 @@ def their_sampling(kind, device, rows):
                                   pad_token_id=0)
 
 
-def llama2c_sampling(program, folder):
-    """llama2.c's program with random weights of about the same size (its MLP has three matrices
-    instead of two). Header: 7 integers. Weights: float32, in the order of its C struct."""
-    V, T, L, H, C = astuple(SHAPE)[:5]
-    hidden = 8 * C // 3
-    sizes = [V * C, L * C, *[L * C * C] * 4, L * C, *[L * C * hidden] * 3, C, T * C // H]
-    model, tokenizer = Path(folder, "model.bin"), Path(folder, "tokenizer.bin")
-    with open(model, "wb") as file:
-        file.write(struct.pack("7i", C, hidden, L, H, H, V, T))
-        for size in sizes:
-            file.write((0.02 * torch.randn(size)).numpy().tobytes())
-    tokenizer.write_bytes(struct.pack("i", 1) + V * struct.pack("=fi1s", 0.0, 1, b"a"))
-    command = [program, str(model), "-z", str(tokenizer), "-n", str(NEW_TOKENS), "-p", "1"]
-    return lambda: subprocess.run(command, check=True, capture_output=True)
-
-
-def loss_and_gradients(loss_fn, device, tokens):
-    """The loss over the vocabulary, forward and backward. loss_fn(x, weight, targets)"""
-    x, weight = (torch.randn(rows, SHAPE.n_embd, device=device, requires_grad=True)
-                 for rows in (tokens, SHAPE.vocab_size))
-    targets, dtype = torch.randint(len(weight), (tokens,), device=device), best_dtype(device)
-
-    def run():
-        x.grad = weight.grad = None
-        with torch.autocast(device, dtype, dtype != torch.float32):
-            loss_fn(x, weight, targets).backward()
-
-    return run
+def matrix_product(device):
+    size, dtype = WORK[device][0], best_dtype(device)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return lambda: a @ b
 
 
 def measure(contestants, rounds, device):
@@ -170,91 +139,78 @@ def speedup(seconds, name, other):              # of `name`, compared with `othe
     return statistics.median(b / a for a, b in zip(seconds[name], seconds[other]))
 
 
-def print_table(title, seconds, tokens, ratios):
-    """Print speeds as Markdown; ratios: receives how many times as fast the others ours is."""
+def print_table(title, seconds, tokens):
+    """Print speeds as Markdown -> {title and name: how many times as fast as this ours is}."""
+    ratios = {}
     print(f"\n| {title} | tokens/s | ours / this |\n|---|--:|--:|")
     for name, times in seconds.items():
-        factor = speedup(seconds, "ours", name)
-        print(f"| {name} | {tokens / statistics.median(times):,.0f} | {factor:.2f} |", flush=True)
+        speed, ratio = tokens / statistics.median(times), speedup(seconds, "ours", name)
+        print(f"| {name} | {speed:,.0f} | {ratio:.2f} |", flush=True)
         if name != "ours":
-            ratios[f"{title}: ours / {name}"] = round(factor, 3)
+            ratios[f"{title}: ours / {name}"] = round(ratio, 3)
+    return ratios
 
 
-def climb_ladder(device, T, tokens, rounds, rate):
-    """rate: FLOP/s of the matrix product."""
+def climb_ladder(device, rounds):
+    size, tokens = WORK[device]
+    [times] = measure({"": matrix_product(device)}, rounds, device).values()
+    rate = 2 * size ** 3 / statistics.median(times)                     # FLOP/s
     print("\n| training step | tokens/s | of the matrix rate | memory |\n|---|--:|--:|--:|")
-    how = {}
+    settings, T = {}, SHAPE.block_size
     for name, change in LADDER.items():
-        how |= change
+        settings |= change
         torch.cuda.reset_peak_memory_stats()
-        [times] = measure({name: our_step(device, T, tokens, **how)}, rounds, device).values()
+        step = our_step(device, T, tokens, **settings)
+        [times] = measure({name: step}, rounds, device).values()
         speed = tokens / statistics.median(times)
-        width = how["n_embd"]
-        config = GPTConfig(how["vocab_size"], T, SHAPE.n_layer, width // 64, width)
+        width = settings["n_embd"]
+        config = GPTConfig(settings["vocab_size"], T, SHAPE.n_layer, width // 64, width)
         share = speed * GPT(config).flops_per_token() / rate
-        print(f"| {name} | {speed:,.0f} | {share:.0%} | "
-              f"{torch.cuda.max_memory_allocated() / 1e9:,.1f} GB |", flush=True)
+        memory = torch.cuda.max_memory_allocated() / 1e9
+        print(f"| {name} | {speed:,.0f} | {share:.0%} | {memory:,.1f} GB |", flush=True)
+
+
+def compare_training(device, T, rounds, peers):
+    """Training steps of ours and of the peers, and our share of the matrix rate -> ratios."""
+    size, tokens = WORK[device]
+    steps = {"ours": our_step(device, T, tokens), "matrix product": matrix_product(device)}
+    steps |= {kind: their_step(kind, device, T, tokens) for kind in peers}
+    seconds = measure(steps, rounds, device)
+    flops = tokens * GPT(replace(SHAPE, block_size=T)).flops_per_token()
+    share = speedup(seconds, "ours", "matrix product") * flops / (2 * size ** 3)
+    del seconds["matrix product"]
+    ratios = print_table(f"training, T = {T}", seconds, tokens)
+    print(f"Ours reaches {share:.0%} of the rate of a {size} x {size} matrix product.")
+    return ratios | {f"training, T = {T}: of the matrix rate": round(share, 3)}
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ladder", action="store_true")
-    parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--llama2c", metavar="PATH", help="llama2.c's compiled program `run`")
-    parser.add_argument("--rounds", type=int, default=5)
+    prepare.setup_console()
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--ladder", action="store_true", help="compare our own optimizations")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each (default 5)")
     args = parser.parse_args(argv)
+    if args.rounds < 1:
+        parser.error("--rounds must be at least 1")
     gpu = torch.cuda.is_available()
     device = "cuda" if gpu else "cpu"
     if args.ladder and not gpu:
         parser.error("--ladder needs a CUDA GPU")
-    if args.llama2c and not os.access(args.llama2c, os.X_OK):
-        parser.error(f"{args.llama2c} is not a program")
     tune_malloc()
-    size, tokens = WORK[device]
     machine = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} CPU cores"
     print(f"{machine}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
-    a, b = (torch.randn(size, size, device=device).to(best_dtype(device)) for _ in range(2))
     if args.ladder:
-        [times] = measure({"": lambda: a @ b}, args.rounds, device).values()
-        rate = 2 * size ** 3 / statistics.median(times)
-        return climb_ladder(device, SHAPE.block_size, tokens, args.rounds, rate)
-    if args.profile:
-        for name, run in {"training": our_step(device, SHAPE.block_size, tokens),
-                          "sampling, 1 row": our_sampling(device, 1)}.items():
-            run()
-            with torch.profiler.profile() as profile:
-                run()
-            key = "self_device_time_total" if gpu else "self_cpu_time_total"
-            print(f"\n{name}\n{profile.key_averages().table(sort_by=key, row_limit=20)}")
+        climb_ladder(device, args.rounds)
         return
-    ratios, peers = {}, ["GPT-Neo", "GPT-2"] if importlib.util.find_spec("transformers") else []
+    peers = ["GPT-Neo", "GPT-2"] if importlib.util.find_spec("transformers") else []
+    ratios = {}
     for T in (256, 512):
-        steps = {"ours": our_step(device, T, tokens), "matrix product": lambda: a @ b}
-        steps |= {kind: their_step(kind, device, T, tokens) for kind in peers}
-        seconds = measure(steps, args.rounds, device)
-        flops = tokens * GPT(replace(SHAPE, block_size=T)).flops_per_token()
-        share = speedup(seconds, "ours", "matrix product") * flops / (2 * size ** 3)
-        del seconds["matrix product"]
-        print_table(f"training, T = {T}", seconds, tokens, ratios)
-        print(f"Ours reaches {share:.0%} of the rate of a {size} x {size} matrix product.")
-        ratios[f"training, T = {T}: of the matrix rate"] = round(share, 3)
-
-    losses = {"ours": ChunkedCrossEntropy.apply,
-              "all logits": lambda x, w, y: F.cross_entropy(F.linear(x, w).float(), y)}
-    if hasattr(F, "linear_cross_entropy"):
-        losses["linear_cross_entropy"] = F.linear_cross_entropy
-    runs = {name: loss_and_gradients(loss, device, tokens) for name, loss in losses.items()}
-    print_table("loss", measure(runs, args.rounds, device), tokens, ratios)
-
+        ratios |= compare_training(device, T, args.rounds, peers)
     for rows in (1, 64):
         runs = {"ours": our_sampling(device, rows)}
         runs |= {kind: their_sampling(kind, device, rows) for kind in peers}
-        with tempfile.TemporaryDirectory() as folder:
-            if args.llama2c and rows == 1:
-                runs["llama2.c"] = llama2c_sampling(args.llama2c, folder)
-            seconds = measure(runs, max(1, args.rounds // 2), device)
-        print_table(f"sampling, rows: {rows}", seconds, rows * NEW_TOKENS, ratios)
+        seconds = measure(runs, max(1, args.rounds // 2), device)
+        ratios |= print_table(f"sampling, rows: {rows}", seconds, rows * NEW_TOKENS)
     print(json.dumps(ratios))
 
 

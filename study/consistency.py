@@ -10,12 +10,11 @@ in true endings: is the right word more likely than the other words of its list?
 they have much less noise. Writes no files.
 """
 
-import argparse
 import math
 import re
 import sys
 import textwrap
-import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # also works as a plain file
 import prepare
 import sample
-from model import NonFiniteLogits, attention
+from model import NonFiniteLogits
 from study.facts import decided_words, held_out_stories, required_texts, split_story
 
 MAX_ENDING = 200        # tokens; the true endings have at most 170
@@ -38,8 +37,6 @@ CHECKS = {
 CHECKED_KINDS = {"pronoun": ["pronoun"], "name": ["hero", "friend", "other people"],
                  "thing": ["thing", "color"]}
 
-
-# ----------------------------------------------------------------------------- sampled endings
 
 def check_ending(story, ending):
     """-> {check: right or wrong; None: there is nothing to check}."""
@@ -67,12 +64,15 @@ def option_pattern(option):
 
 
 def check_endings(stories, endings):
-    """{check: share of the endings that pass it, of those where there is something to check}."""
+    """{check: (% of the endings that pass it, standard error)}, without those where there is
+    nothing to check."""
     results = [check_ending(story, ending) for story, ending in zip(stories, endings)]
     shares = {}
     for check in CHECKS:
         values = [result[check] for result in results if result[check] is not None]
-        shares[check] = sum(values) / max(len(values), 1)
+        n = max(len(values), 1)
+        share = sum(values) / n
+        shares[check] = 100 * share, 100 * math.sqrt(share * (1 - share) / n)
     return shares
 
 
@@ -81,6 +81,13 @@ def generate_endings(model, tokenizer, stories, seed=0, temperature=1.0):
     prompts = [split_story(story)[0] for story in stories]
     endings = sample.generate_texts(model, tokenizer, prompts, MAX_ENDING, temperature, seed=seed)
     return [ending.strip() for ending in endings]
+
+
+def check_model(model, tokenizer, n):
+    """Let a model end n held-out stories -> {check: % of its endings that pass it}."""
+    stories = held_out_stories(n)
+    shares = check_endings(stories, generate_endings(model, tokenizer, stories))
+    return {check: share for check, (share, _) in shares.items()}
 
 
 def required_words(model, tokenizer, stories, seed, temperature):
@@ -92,8 +99,6 @@ def required_words(model, tokenizer, stories, seed, temperature):
     return [[bool(re.search(rf"\b{word}", text, re.I)) for word in row]
             for row, text in zip(words, texts) if row]
 
-
-# ------------------------------------------------------------------------- minimal pairs
 
 def minimal_pairs(story, tokenizer):
     """Positions in [end token, *tokens of the story] where the word is decided -> list of
@@ -140,8 +145,6 @@ def score_pairs(model, tokenizer, stories):
     return results
 
 
-# ------------------------------------------------------------------------------- autopsy
-
 @torch.inference_mode()
 def attention_weights(model, idx):
     """idx (1, T) -> for each layer, where its heads look: (H, T, T); each row sums to 1."""
@@ -152,7 +155,7 @@ def attention_weights(model, idx):
         q, k, *_ = module.heads(x, rope, v1)                        # (1, H, T, D)
         eye = torch.eye(q.size(2), dtype=q.dtype, device=q.device)  # as values: weights @ eye
         eye = eye.expand(*q.shape[:2], -1, -1)                      # (1, H, T, T)
-        weights.append(attention(q, k, eye, module.window)[0].float())
+        weights.append(module.attend(q, k, eye)[0].float())
 
     hooks = [block.attn.register_forward_pre_hook(record) for block in model.blocks]
     model(idx)
@@ -163,10 +166,9 @@ def attention_weights(model, idx):
 
 def first_wrong_word(story, ending):
     """-> (its position in the ending, the word, the words that were right there), or None."""
-    for match, _, right, others in decided_words(story, ending):
-        if not right:
-            return match.start(), match[0], others
-    return None
+    wrong = [(match.start(), match[0], others)
+             for match, _, right, others in decided_words(story, ending) if not right]
+    return wrong[0] if wrong else None
 
 
 @torch.inference_mode()
@@ -193,8 +195,8 @@ def autopsy(model, tokenizer, story, ending):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    prepare.setup_console()
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a run's folder, or a checkpoint file, trained on the sample")
     parser.add_argument("-n", type=int, default=200, help="stories (default 200)")
     parser.add_argument("--autopsy", action="store_true", help="explain the first wrong endings")
@@ -203,11 +205,10 @@ def main(argv=None):
     if args.n < 1:
         parser.error("-n must be at least 1")
     model, tokenizer, meta = sample.load_run(args.run, args.device, without=args.without)
-    dataset = meta.get("dataset", "unknown stories")
-    if dataset.split("-")[0] != "sample":
-        raise SystemExit(f"{args.run} was trained on {dataset}, not on our own grammar. "
+    if meta.get("dataset") not in prepare.SAMPLES:
+        raise SystemExit(f"{args.run} was not trained on our own grammar. "
                          "Train such a model: python train.py config/demo.py")
-    stories, start, rows = held_out_stories(args.n), time.time(), {}
+    stories = held_out_stories(args.n)
     if meta.get("instruct"):
         used = required_words(model, tokenizer, stories, args.seed, args.temperature)
         print(f"{np.mean(sum(used, [])):.0%} of the required words are in their stories; "
@@ -220,18 +221,16 @@ def main(argv=None):
         for story, ending in wrong[:3]:
             print(autopsy(model, tokenizer, story, ending))
         return
-    for check, share in check_endings(stories, endings).items():
-        error = 100 * math.sqrt(share * (1 - share) / args.n)
-        rows[check] = {"right, %": f"{100 * share:.1f}", "standard error": f"{error:.1f}",
+    rows = {}
+    for check, (share, error) in check_endings(stories, endings).items():
+        rows[check] = {"right, %": f"{share:.1f}", "standard error": f"{error:.1f}",
                        "right means": CHECKS[check]}
-    print(f"{args.n} endings, sampled in {time.time() - start:.1f} s\n\n"
-          + sample.format_table(rows))
-    start, rows = time.time(), {}
+    print(f"{args.n} sampled endings\n\n{sample.format_table(rows)}")
+    rows = {}
     for kind, (n, correct, p, error) in score_pairs(model, tokenizer, stories).items():
         rows[kind] = {"pairs": n, "right word most likely, %": f"{correct:.1f}",
                       "its probability, %": f"{p:.2f}", "standard error": f"{error:.2f}"}
-    print(f"\nMinimal pairs of {args.n} true endings, scored in {time.time() - start:.1f} s\n\n"
-          + sample.format_table(rows))
+    print(f"\nMinimal pairs of {args.n} true endings\n\n{sample.format_table(rows)}")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ Loads every checkpoint that a run has kept. Writes dynamics.md (how each continu
 beginnings, losses, and for our own grammar the checks of study/consistency.py) and dynamics.png.
 """
 
-import argparse
 import csv
 import sys
 import textwrap
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import numpy as np
@@ -29,22 +29,15 @@ CURVES = {"train_loss": "training", "val_loss": "validation", "story_loss": "who
 N_STORIES = 100         # whose endings are checked
 
 
-def read_log(folder):
-    """The rows of a run's log.csv -> list of {column: number}; other cells are left out."""
-    file, rows = Path(folder, "log.csv"), []
+def read_log(folder, column):
+    """A column of a run's log.csv -> list of (step, number), without the lines that lack it."""
+    file = Path(folder, "log.csv")
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SystemExit(f"{file} cannot be read as a log of train.py: {error}")
-    for line in csv.DictReader(lines):
-        row = {}
-        for column, cell in line.items():
-            try:
-                row[column] = float(cell)
-            except (TypeError, ValueError):             # empty, or a text
-                pass
-        rows.append(row)
-    return rows
+    return [(int(row["step"]), float(row[column])) for row in csv.DictReader(lines)
+            if row.get("step") and row.get(column)]
 
 
 def kept_checkpoints(folder):
@@ -88,17 +81,17 @@ def plot_curves(path, losses, checks, entropy):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    prepare.setup_console()
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("run", help="the folder of a run")
     parser.add_argument("--prompt", action="append", help="a beginning; may be repeated")
     sample.add_sampling_options(parser, temperature=0.0)
     args = sample.parse_args(parser, argv)
     folder, prompts = Path(args.run), args.prompt or PROMPTS
-    files, log, meta = kept_checkpoints(folder), read_log(folder), prepare.read_meta(folder)
+    files, meta = kept_checkpoints(folder), prepare.read_meta(folder)
     losses, checks, cells, continuations = {}, {}, {}, dict.fromkeys(prompts, "")
     for column, name in CURVES.items():
-        if points := [(row["step"], row[column]) for row in log if {"step", column} <= {*row}]:
+        if points := read_log(folder, column):
             losses[name] = points
     for step, file in tqdm(files.items()):
         model, tokenizer, _ = sample.load_run(file, args.device, without=args.without)
@@ -111,17 +104,15 @@ def main(argv=None):
         for name, points in losses.items():
             row[name] = f"{dict(points)[step]:.3f}" if step in dict(points) else "-"
         if meta.get("dataset") == "sample":
-            stories = consistency.held_out_stories(N_STORIES)
-            endings = consistency.generate_endings(model, tokenizer, stories)
-            for name, share in consistency.check_endings(stories, endings).items():
-                checks.setdefault(name, []).append((step, 100 * share))
-                row[f"{name}, % right"] = f"{100 * share:.0f}"
+            for name, share in consistency.check_model(model, tokenizer, N_STORIES).items():
+                checks.setdefault(name, []).append((step, share))
+                row[f"{name}, % right"] = f"{share:.0f}"
     parts = [f"# What {folder.resolve().name} learned when", sample.format_table(cells),
              "Losses in nats per token; % of endings that pass each check of study/consistency.py.",
              "![curves](dynamics.png)"]
     parts += [f"{prompt} ...\n\n{lines}" for prompt, lines in continuations.items()]
     prepare.write_text(folder / "dynamics.md", "\n\n".join(parts) + "\n")
-    entropy = meta.get("entropy_bound", {}).get("nats_per_token")
+    entropy = meta.get("entropy_floor", {}).get("nats_per_token")
     plot_curves(folder / "dynamics.png", losses, checks, entropy)
     print(f"\n{parts[1]}\n\nThe report: {folder / 'dynamics.md'}")
 

@@ -8,10 +8,10 @@ and neurons, can switch off heads, and can compare it with the grammar of its st
 The template, study/explore.html, holds a second, short version of model.py in JavaScript.
 """
 
-import argparse
 import base64
 import json
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -141,8 +141,8 @@ def write_html(path, page):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    prepare.setup_console()
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a run's folder, or a checkpoint file")
     parser.add_argument("--force", action="store_true", help=f"also a page of over {MAX_MB} MB")
     args = parser.parse_args(argv)

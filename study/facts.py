@@ -6,10 +6,7 @@ then the ending can only name Mia, red and kite, and say "she" while no boy is t
 
 import random
 import re
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # also works as a plain file
 import prepare
 from data.grammar import Story, read_grammar
 

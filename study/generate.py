@@ -12,15 +12,14 @@ data/mine.jsonl, and data/mine.txt is made from all of them: nothing is paid for
 --seed adds stories. The key is read from OPENAI_API_KEY.
 """
 
-import argparse
 import random
 import re
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # also works as a plain file
-
 import grade
 import prepare
 from data.grammar import format_record
@@ -116,23 +115,20 @@ def write_stories(args, log):
         n_words = fields["Words"].count(", ") + bool(fields["Words"])
         counts["without a requested word"] += n_words < len(line["words"])
         rng = random.Random(f"{line['seed']}-{line['number']} fields")
-        if args.ood:                        # never both (the paper's Instruct-OOD)
-            fields[rng.choice(["Words", "Summary"])] = ""
         texts[story] = format_record(story, rng.choice, fields) if args.instruct else story
     prepare.write_text(args.out, "".join(f"{text}\n{prepare.EOT}\n" for text in texts.values()))
     return counts + Counter(stories=len(texts))
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    prepare.setup_console()
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="a text file, .txt; the log is next to it")
     add("--n", type=int, default=1_000, help="stories of this seed (default 1000)")
     add("--teacher", default="gpt-6-luna", help="a model of the server")
     add("--language", default="", help="of the stories (default: English)")
     add("--instruct", action="store_true", help="write records as in TinyStories-Instruct")
-    add("--ood", action="store_true", help="with --instruct: no record has Words and Summary")
     add("--seed", type=int, default=0, help="another seed adds stories with other words")
     grade.add_server_options(parser)
     args = parser.parse_args(argv)
@@ -167,7 +163,8 @@ def main(argv=None):
     for what, count in (write_stories(args, log) + failures).most_common():
         print(f"{count:,} {prepare.printable(what)}")
     if not all(item["key"] in log for item in items):
-        print(f"{client.stop or 'Some failed'}. The same command continues.", file=sys.stderr)
+        print(f"{client.stop or 'Some failed'}. Run the same command again to continue.",
+              file=sys.stderr)
         return 3
     print(f"Next: python prepare.py {args.out.stem} --input {args.out}"
           + " --tokenizer bpe" * bool(args.language))

@@ -9,26 +9,27 @@ its tokenizer stays prepare.load_tokenizer(FOLDER). Only the paper's architectur
 (config/paper_8m.py). It takes seconds; a download has a few hundred MB.
 """
 
-import argparse
 import json
 import math
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # also works as a plain file
-
 import prepare
 import sample
 import train
 from data.download import download, hub_url
 from model import GPT, GPTConfig, read_checkpoint
 
+MAX_SIZE = 100_000      # of anything in an imported model; GPT-2's vocabulary has 50,257 entries
 # Our sizes, and what GPT-Neo's config.json calls them.
 SIZES = {"vocab_size": "vocab_size", "block_size": "max_position_embeddings",
-         "n_layer": "num_layers", "n_head": "num_heads", "n_embd": "hidden_size"}
+         "n_layer": "num_layers", "n_head": "num_heads", "n_embd": "hidden_size",
+         "window": "window_size"}
 # Our weights, and what GPT-Neo calls them; to be replaced in this order.
 NAMES = {"token_embedding": "transformer.wte", "position_embedding": "transformer.wpe",
          "blocks.": "transformer.h.", ".norm_": ".ln_", "norm.": "transformer.ln_f.",
@@ -66,42 +67,65 @@ def neo_views(model):
     return views
 
 
+def layer_kinds(types):
+    """GPT-Neo's attention_types, such as [[["global", "local"], 4]] -> the kind of each layer."""
+    try:
+        return [kind for kinds, n in types for kind in kinds * min(n, MAX_SIZE)]
+    except (TypeError, ValueError):
+        raise ValueError(f"attention_types is {types!r}; expected [[[kind, ...], number], ...]")
+
+
 def read_config(path):
     """config.json -> GPTConfig. SystemExit: it describes what our model cannot do."""
     try:
         theirs = json.loads(path.read_text(encoding="utf-8"))
-        if theirs["model_type"] != "gpt_neo":
-            raise ValueError(f"model_type is {theirs['model_type']}, not gpt_neo")
-        sizes = {ours: theirs[name] for ours, name in SIZES.items()}
-        kinds = [kind for kinds, n in theirs["attention_types"] for kind in kinds * n]
-        window = theirs["window_size"] if "local" in kinds else 0
-        config = GPTConfig(**sizes, window=window, **paper_switches())
-        theirs |= {"attention_types": [[kinds, 1]], "window_size": window or config.block_size}
+        if not isinstance(theirs, dict) or theirs.get("model_type") != "gpt_neo":
+            raise ValueError("its model_type is not gpt_neo")
+        sizes = {ours: theirs.get(name) for ours, name in SIZES.items()}
+        if not all(type(size) is int and 0 < size <= MAX_SIZE for size in sizes.values()):
+            raise ValueError(f"its sizes are {sizes}; expected numbers from 1 to {MAX_SIZE:,}")
+        kinds = layer_kinds(theirs.get("attention_types"))
+        if "local" not in kinds:                # a window that no layer uses
+            sizes["window"], theirs["window_size"] = 0, sizes["block_size"]
+        theirs["attention_types"] = [[kinds, 1]]
+        config = GPTConfig(**sizes, **paper_switches())
         differ = [f"{name} is {theirs[name]}, not {value}"
                   for name, value in neo_config(config).items()
                   if theirs.get(name) is not None and theirs[name] != value]
         if differ:
             raise ValueError("; ".join(differ))
         return config
-    except (OSError, ValueError, KeyError) as error:
-        raise SystemExit(f"{path} cannot be imported: {error!r}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise SystemExit(f"{path} cannot be imported: {error}")
+
+
+def read_safetensors(path):
+    """-> {name: tensor}. ValueError if the file is damaged."""
+    try:
+        import safetensors.torch  # comes with transformers
+    except ImportError:
+        raise SystemExit(f"To read {path}: pip install safetensors")
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"it is damaged ({error})")
 
 
 def import_model(folder):
     """A folder with config.json and the weights of a GPT-Neo -> GPT."""
     model = GPT(read_config(folder / "config.json"))
-    path, read = folder / "pytorch_model.bin", read_checkpoint
-    if (folder / "model.safetensors").is_file():
-        from safetensors.torch import load_file  # comes with transformers
-        path, read = folder / "model.safetensors", load_file
+    path, read = folder / "model.safetensors", read_safetensors
+    if not path.is_file():
+        path, read = folder / "pytorch_model.bin", read_checkpoint
     try:
         weights = read(path)
     except (OSError, ValueError) as error:
         raise SystemExit(f"Cannot read {path}: {error}")
     for name, view in neo_views(model).items():
-        if name not in weights or weights[name].shape != view.shape:
+        tensor = weights.get(name)
+        if not isinstance(tensor, torch.Tensor) or tensor.shape != view.shape:
             raise SystemExit(f"{path} does not fit its config.json: {name}")
-        view.copy_(weights[name])
+        view.copy_(tensor)
     for block in model.blocks:      # GPT-Neo does not divide the scores by sqrt(D); we do
         block.attn.qkv.data[0] *= math.sqrt(model.config.n_embd // model.config.n_head)
     model.token_embedding.weight.data[model.config.vocab_size:] = 0             # padding
@@ -131,7 +155,7 @@ def import_run(name):
                          f"and GPT-2's tokenizer has {len(ranks) + 1} entries.")
     meta |= {"source": name, "vocab_size": len(ranks) + 1, "eot": len(ranks)}
     prepare.save_tokenizer(folder, ranks)
-    prepare.write_text(folder / "meta.json", json.dumps(meta, indent=1))
+    prepare.write_meta(folder, meta)
     with prepare.atomic_write(folder / "ckpt.pt") as file:      # last: now it is a run
         torch.save({"model": model.state_dict(), "model_config": asdict(model.config),
                     "settings": {}, "meta": meta, "step": 0}, file)
@@ -154,7 +178,7 @@ def export(run, folder):
     with prepare.atomic_write(folder / "pytorch_model.bin") as file:
         torch.save({name: view.clone() for name, view in neo_views(model).items()}, file)
     prepare.save_tokenizer(folder, tokenizer._mergeable_ranks)
-    prepare.write_text(folder / "meta.json", json.dumps(meta, indent=1))
+    prepare.write_meta(folder, meta)
     theirs = {"architectures": ["GPTNeoForCausalLM"], **neo_config(model.config),
               "bos_token_id": tokenizer.eot_token, "eos_token_id": tokenizer.eot_token}
     prepare.write_text(folder / "config.json", json.dumps(theirs, indent=1))
@@ -162,8 +186,8 @@ def export(run, folder):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    prepare.setup_console()
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("name", help="a name on the Hugging Face hub, or a folder")
     parser.add_argument("--export", metavar="RUN", help="write this run into the folder")
     args = parser.parse_args(argv)

@@ -9,9 +9,9 @@ section 4.4 of arXiv 2305.07759, but with tokens for words. TinyStories: 10 minu
 memorization.md and memorization.png.
 """
 
-import argparse
 import sys
 import textwrap
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,6 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # also works as a plain file
-
 import prepare
 import sample
 
@@ -28,14 +27,11 @@ KS = (1, 2, 3, 4, 5)            # tokens of a k-gram
 MIN_TOKENS = 20                 # shorter completions are left out: chance hits are common
 ROWS, CHUNK = 25, 2_000         # completions generated, and stories searched, at a time
 GROUPS = ("completions", "true endings")
-COLUMNS = (*GROUPS, "the paper")
 PAPER = {"(a) 2-grams in the true ending": "nearly all under 0.25",     # what the paper found
          "(b) Rouge-2 with the most similar other": "most 0.07-0.10, at most 0.20",
          "(d) 2-grams in the nearest story": "most often 0.25-0.4",
          "(d) 3-grams in the nearest story": "most often 0.1-0.25"}
 
-
-# ------------------------------------------------------------------------------------ k-grams
 
 def hash_kgrams(ids, k):
     """Token ids (N,) -> one 64-bit hash for each of the N - k + 1 k-grams."""
@@ -113,30 +109,25 @@ def complete(model, tokenizer, stories, temperature, seed):
     return completions, endings
 
 
-# --------------------------------------------------------------------------------- the report
-
 def plot(path, shares, novel, title):
-    """shares: {name: (2, texts)}; novel: {k: 2 shares}; 2 for the GROUPS."""
+    """shares: {name: 2 arrays (texts,)}; novel: {k: 2 shares}; 2 for the GROUPS."""
     figure = Figure(figsize=(13, 7), layout="constrained")
     figure.suptitle(title, fontsize=14)
-    axes = figure.subplots(2, 3).flatten()
-    for i, (group, color) in enumerate(zip(GROUPS, ("C0", "C1"))):
-        for ax, (name, values) in zip(axes[[0, 1, 3, 4]], shares.items()):
-            ax.hist(values[i], np.linspace(0, 1, 41), color=color, alpha=0.5)
-            ax.set(title=name, ylabel="number of texts",
-                   xlabel="Rouge-2" if "Rouge" in name else "share of the text's k-grams")
-        heights = [novel[k][i] for k in KS]
-        axes[2].bar(np.array(KS) + 0.4 * i - 0.2, heights, 0.4, color=color, alpha=0.5, label=group)
-    axes[2].set(title="(c) k-grams in no training story", xlabel="k (tokens)")
-    axes[2].yaxis.set_major_formatter("{x:.1%}")
-    axes[5].axis("off")
-    axes[5].legend(*axes[2].get_legend_handles_labels(), loc="center", fontsize=14)
+    *axes, last, empty = figure.subplots(2, 3).flatten()
+    for ax, (name, values) in zip(axes, shares.items()):
+        ax.hist(values, np.linspace(0, 1, 21))
+        ax.set(title=name, xlabel="share of the text's k-grams", ylabel="number of texts")
+    lines = last.plot(KS, list(novel.values()), "o-")
+    last.set(title="(c) k-grams in no training story", xlabel="k (tokens)", xticks=KS)
+    last.yaxis.set_major_formatter("{x:.1%}")
+    empty.axis("off")
+    empty.legend(lines, GROUPS, loc="center", fontsize=14)
     prepare.save_figure(path, figure)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    prepare.setup_console()
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a run's folder, or a checkpoint file")
     parser.add_argument("-n", type=int, default=100, help="stories (default 100)")
     parser.add_argument("--data", help="folder of its train.bin (default: in data/)")
@@ -163,18 +154,18 @@ def main(argv=None):
     others = [*endings, *endings[1:], endings[0]]       # a true ending: with that of another story
     found = {k: search(path, ends, texts, k, chosen) for k in KS}
     novel = {k: [np.mean(np.concatenate(found[k][0][i:i + n]) == 0) for i in (0, n)] for k in KS}
-    shares = [*map(precision, texts, others), *largest_rouge(completions), *largest_rouge(endings),
-              *found[2][1], *found[3][1]]
-    shares = dict(zip(PAPER, np.reshape(shares, (4, 2, n))))
+    overlap = [precision(text, other) for text, other in zip(texts, others)]
+    rouge = [*largest_rouge(completions), *largest_rouge(endings)]
 
-    rows = {}
-    for name, groups in shares.items():
-        cells = [f"{np.median(group):.2f}, at most {group.max():.2f}" for group in groups]
-        rows[name] = dict(zip(COLUMNS, [*cells, PAPER[name]]))
+    shares, rows = {}, []
+    for name, values in zip(PAPER, (overlap, rouge, found[2][1], found[3][1])):
+        shares[name] = np.split(np.array(values), 2)            # completions, true endings
+        cells = [f"{np.median(group):.2f}, at most {group.max():.2f}" for group in shares[name]]
+        rows.append([name, *cells, PAPER[name]])
     for k in KS:
-        cells = [f"{share:.1%}" for share in novel[k]] + ["most" if k > 3 else "-"]
-        rows[f"(c) {k}-grams in no story"] = dict(zip(COLUMNS, cells))
-    table = sample.format_table(dict(sorted(rows.items())))
+        cells = [f"{share:.1%}" for share in novel[k]]
+        rows.append([f"(c) {k}-grams in no story", *cells, "most" if k > 3 else "-"])
+    table = sample.format_table([["", *GROUPS, "the paper"], *sorted(rows)])
     title = (f"{novel[5][0]:.1%} of the 5-grams that {folder.resolve().name} writes occur in no "
              f"training story (true endings: {novel[5][1]:.1%})")
     facts = (f"{n} completions at temperature {args.temperature:g}, {len(ends):,} training "

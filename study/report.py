@@ -2,7 +2,7 @@
 
     python -m study.report out/demo                     # by the judge with the most replies
     python -m study.report out/tiny_1l out/tiny_8l --judge gpt-6-luna
-    python -m study.report stories.jsonl                # the options of grade.py; or grades.jsonl
+    python -m study.report stories.jsonl                # with the options of grade.py
 
 Asks nobody and costs nothing. Writes one HTML page next to the log: stories, replies, grades with
 95 % intervals (their unit is the prompt), all pairs of models, and the agreement of all judges in
@@ -21,7 +21,6 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # also works as a plain file
-
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -58,22 +57,6 @@ def mean_grade(item):
     if item["task"] == "probes":
         return -VERDICTS.index(item["grades"]["verdict"])
     return np.mean([item["grades"][metric] for metric in METRICS])
-
-
-def normalized_score(items, by_model):
-    """Where a model is between random words (0 %) and true endings (100 %), with its interval; None
-    if no judge or no true ending makes a scale. The same prompts for all three; delta method."""
-    model, best, worst = (by_prompt(stories, *METRICS) for stories in (
-        items, by_model.get(ANCHORS[0], []), by_model.get(ANCHORS[-1], [])))
-    prompts = [prompt for prompt in model if prompt in best and prompt in worst]
-    gains, scales = (np.array([np.mean(grades[p]) - np.mean(worst[p]) for p in prompts])
-                     for grades in (model, best))
-    mean, half = mean_interval([[scale] for scale in scales])
-    if not mean - half > 0:
-        return None
-    ratio = gains.mean() / mean
-    _, half = mean_interval([[rest] for rest in gains - ratio * scales])
-    return 100 * ratio, 100 * half / mean
 
 
 def spearman(pairs):
@@ -113,6 +96,17 @@ def agreement_rows(items):
                 "rank correlation": f"{rho:.2f} [{low:.2f}, {high:.2f}]".replace("nan", "-"),
                 "mean difference": grade.format_interval(mean_interval(
                     [[x - y for x, y in pairs] for pairs in groups.values()]), "+.2f")}
+    return rows
+
+
+def difference_rows(by, models):
+    """All pairs of models: the difference of each grade, on the prompts that both have."""
+    rows = {}
+    for a, b in itertools.combinations(models, 2):
+        row = rows[f"{a} - {b}"] = {}
+        for metric in METRICS:
+            interval = grade.paired_interval(by_prompt(by[a], metric), by_prompt(by[b], metric))
+            row[metric] = grade.format_interval(interval, "+.2f")
     return rows
 
 
@@ -175,15 +169,14 @@ def plot_grades(by, title):
     figure, file = Figure(figsize=(9, 4.5), layout="constrained"), io.BytesIO()
     ax = figure.subplots()
     for i, (name, items) in enumerate(by.items()):
-        mean, half = np.array([mean_interval(by_prompt(items, metric).values())
-                               for metric in METRICS]).T
-        x = np.arange(len(METRICS)) + 0.7 * ((i + 0.5) / len(by) - 0.5)
+        x = np.arange(len(METRICS)) + 0.7 * i / len(by)         # next to one another
+        mean, half = zip(*(mean_interval(by_prompt(items, metric).values()) for metric in METRICS))
         ax.errorbar(x, mean, half, fmt="x" if name in ANCHORS else "o", capsize=3,
                     label=name.replace("$", r"\$"))
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     ax.set(xticks=range(len(METRICS)), xticklabels=METRICS, ylim=(-0.3, 10.3),
            ylabel="grade out of 10", title=title.replace("$", r"\$"))
-    figure.savefig(file, dpi=110)
+    figure.savefig(file)
     return f'<img src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
 
@@ -206,21 +199,17 @@ def render_stories(items):
 
 
 def main(argv=None):
+    prepare.setup_console()
     parser = grade.build_parser()
     parser.description = __doc__
     parser.set_defaults(judge="")
-    args = parser.parse_args(argv)
-    if (log := Path(args.runs[0])).name == grade.LOG:
-        items = [{**line, "folder": log.parent} for line in grade.read_lines(log)
-                 if line.get("task") == args.task and "turn" in line]
-        items = [*{(x["model"], x["rep"], render_page(x)): x for x in items}.values()]
-    else:
-        args = grade.parse_args(parser, argv)
-        items = grade.gather(args)
+    args = grade.parse_args(parser, argv)
+    items = grade.gather(args)
     judges = [x for x in judges_in(items) if args.judge in ("", x[0]) and args.repeat == x[2]]
-    if not judges:
+    if judges:
+        grade.attach_replies(items, *judges[0])
+    if not any(item["replies"] for item in items):
         raise SystemExit(f"No replies yet. First: python grade.py {shlex.join(sys.argv[1:])}")
-    grade.attach_replies(items, *judges[0])
     by, rows = grade.items_by_model(items), grade.summary_rows(items)
     judge = describe_judge(judges[0][0], "", args.repeat)
     models = [model for model in by if model not in ANCHORS]
@@ -232,18 +221,13 @@ def main(argv=None):
     else:
         for model, stories in by.items():
             rows[model]["prompts"] = len(by_prompt(stories, *METRICS))
-            if model in models and (score := normalized_score(stories, by)):
-                rows[model]["anchor-normalized"] = grade.format_interval(score, ".0f") + " %"
-        differences = {f"{a} - {b}": {metric: grade.format_interval(grade.paired_interval(
-            by_prompt(by[a], metric), by_prompt(by[b], metric)), "+.2f") for metric in METRICS}
-            for a, b in itertools.combinations(models, 2)}
         paper = paper_rows(by, ["instruct"] if args.task == "instruct" else METRICS)
         order = {True: "in order", False: "NOT in order", None: "too few to order"}
         parts += [
             html_table(rows | paper), "<p>Mean ± half of its 95 % interval over prompts. For this "
             f"judge, the anchors are {order[grade.anchors_in_order(by)]}.</p>",
             plot_grades(by, f"graded by {judge}, n = {len(by_prompt(items, *METRICS))} prompts"),
-            "<h2>All pairs of models</h2>", html_table(differences),
+            "<h2>All pairs of models</h2>", html_table(difference_rows(by, models)),
             "<h2>Agreement of judges</h2>", html_table(agreement_rows(items))]
     words = "_".join(["report", *(Path(run).stem for run in args.runs), judge, args.task])
     path = items[0]["folder"] / (re.sub(r"[^\w.-]", "-", words)[:200] + ".html")

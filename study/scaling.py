@@ -1,19 +1,18 @@
 """How does the loss fall with size, and should a model be deep or wide?
 
-    python -m study.scaling --grid demo     # 16 small models: about 12 minutes on two cores (estimate)
+    python -m study.scaling --grid demo     # 16 small models; estimate: 12 minutes on two cores
     python -m study.scaling --grid paper    # the paper's shapes: hours on a large GPU
 
-Trains every shape of a grid with train.py, in out/scaling/<grid>/, and writes report.md and three
-plots there. Stop it at any time; the same command continues. Settings of train.py can be added:
---dataset=excerpt. For stories of our own grammar the limit of the loss is known, the grammar's
-entropy: it can be compared with the E of a fitted law L(N) = E + A / N^a (arXiv 2203.15556).
+Trains every shape of a grid with train.py in out/scaling/<grid>/, and writes report.md and fit.png
+there. Stop it at any time; run the same command to continue. Settings of train.py can be added,
+such as --dataset=excerpt. The report fits the law L(N) = E + A / N^a (arXiv 2203.15556). For
+stories of our own grammar, the true limit E of the loss is known: the grammar's entropy.
 """
 
-import argparse
 import itertools
 import json
-import math
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -51,7 +50,7 @@ def plan_runs(name, budgets=None, changes=()):
     return runs
 
 
-def measure_run(settings, n, signals=list):
+def measure_run(settings, n):
     """Train one run, or continue it, and measure it -> dict, also stored in its folder."""
     row, file = {}, Path(settings.out_dir, "scaling.json")
     wanted = {name: value for name, value in asdict(settings).items()
@@ -59,23 +58,21 @@ def measure_run(settings, n, signals=list):
     if file.is_file() and not settings.overwrite:
         row = json.loads(file.read_text(encoding="utf-8"))
     if row.get("settings") != wanted:
-        train.train(settings, signals)
+        train.train(settings, train.catch_signals)
         torch.compiler.reset()          # it stops compiling after eight shapes
     elif row["n"] == n:
         return row
     model, tokenizer, meta = sample.load_run(settings.out_dir, settings.device)
-    log = [row for row in read_log(settings.out_dir) if "val_loss" in row]
-    scores = {"loss": log[-1]["val_loss"]}
+    _, story_loss = read_log(settings.out_dir, "story_loss")[-1]
+    _, loss = read_log(settings.out_dir, "val_loss")[-1]
+    scores = {"loss": loss}
     if meta["dataset"] == "sample":
-        stories = consistency.held_out_stories(n)
-        endings = consistency.generate_endings(model, tokenizer, stories)
-        for name, share in consistency.check_endings(stories, endings).items():
-            scores[name] = 100 * share
-    row = {"settings": wanted, "n": n, "scores": scores, "story_loss": log[-1]["story_loss"],
+        scores |= consistency.check_model(model, tokenizer, n)
+    row = {"settings": wanted, "n": n, "scores": scores, "story_loss": story_loss,
            "shape": [settings.n_embd, settings.n_layer],
-           "params": model.num_params(embeddings=False), "tokens": log[-1]["tokens"],
-           "entropy": meta.get("entropy_bound", {}).get("nats_per_token"),
-           "curve": [[model.flops_per_token() * row["tokens"], row["val_loss"]] for row in log]}
+           "params": model.num_params(embeddings=False),
+           "tokens": settings.max_steps * settings.total_batch_size,
+           "entropy": meta.get("entropy_floor", {}).get("nats_per_token")}
     prepare.write_text(file, json.dumps(row))
     return row
 
@@ -120,21 +117,20 @@ def write_report(folder, rows, n):
     fits, tokens, cells = fit_budgets(rows), max(row["tokens"] for row in rows), {}
     final, entropy = [row for row in rows if row["tokens"] == tokens], rows[0]["entropy"]
     for row in final:
-        cell = cells["{} x {}".format(*row["shape"])] = {"parameters": f"{row['params']:,}"}
-        losses = {other["tokens"] / 1e6: other["story_loss"] for other in rows
-                  if other["shape"] == row["shape"]}
-        cell |= {f"stories, {budget:.3g} M": f"{loss:.3f}" for budget, loss in losses.items()}
+        width, layers = row["shape"]
+        cells[f"{width} x {layers}"] = cell = {"parameters": f"{row['params']:,}"}
+        same_shape = [other for other in rows if other["shape"] == row["shape"]]
+        for other in same_shape:
+            cell[f"stories, {other['tokens'] / 1e6:.3g} M"] = f"{other['story_loss']:.3f}"
         if entropy:
-            gaps = [loss - entropy for loss in losses.values()]
+            gaps = [other["story_loss"] - entropy for other in same_shape]
             cell["undertraining"] = f"{1 - min(gaps) / max(gaps):.0%}"
-        cell |= {name: f"{value:.3g}" for name, value in row["scores"].items()}
+        for name, value in row["scores"].items():
+            cell[name] = f"{value:.3g}"
     table = sample.format_table(cells)
     laws = {name: {letter: f"{value:.3f} ± {2 * error:.3f}"
                    for letter, value, error in zip("EaA", law, errors)}
             for name, _, _, law, errors in fits}
-    limit = f"The true E is the grammar's entropy, {entropy:.3f}." if entropy else ""
-    plot_maps(folder / "maps.png", final)
-    plot_frontiers(folder / "frontiers.png", final)
     plot_fit(folder / "fit.png", fits, entropy)
     prepare.write_text(folder / "report.md", f"""# How does the loss fall with size?
 
@@ -148,53 +144,12 @@ budget removed. Checks: % of {n} endings that are right (study/consistency.py).
 
 {sample.format_table(laws)}
 
-±: two standard errors (jackknife over the models, one seed each). {limit}
+±: two standard errors (jackknife over the models, one seed each). E is free, or fixed to the
+grammar's entropy, the true limit.
 
-![fit](fit.png) ![maps](maps.png) ![frontiers](frontiers.png)
+![fit](fit.png)
 """)
     return table
-
-
-def plot_maps(path, rows):
-    """A heat map of each score, layers against width."""
-    widths, layers = (sorted({*values}) for values in zip(*(row["shape"] for row in rows)))
-    names = list(rows[0]["scores"])
-    across, down = min(3, len(names)), math.ceil(len(names) / 3)
-    figure = Figure(figsize=(3 + 2.7 * across, 1 + 3 * down), layout="constrained")
-    checks = sorted(names[1:], key=lambda name: -sum(row["scores"][name] for row in rows))
-    figure.suptitle("Larger models (right, up) have a lower loss"
-                    + f" and better endings: {checks[0]} first, {checks[-1]} last" * bool(checks))
-    for ax, name in zip(figure.subplots(down, across, squeeze=False).flat, names):
-        values = np.full((len(layers), len(widths)), np.nan)
-        for row in rows:
-            x, y = widths.index(row["shape"][0]), layers.index(row["shape"][1])
-            values[y, x] = row["scores"][name]
-            ax.text(x, y, f"{values[y, x]:.3g}", ha="center", va="center")
-        limits = dict(cmap="Blues_r") if name == "loss" else dict(cmap="Blues", vmin=0, vmax=100)
-        ax.imshow(values, aspect="auto", origin="lower", alpha=0.6, **limits)
-        ax.set(title="loss, nats per token" if name == "loss" else f"{name}, % right",
-               xlabel="width", xticks=range(len(widths)), xticklabels=widths,
-               ylabel="layers", yticks=range(len(layers)), yticklabels=layers)
-    prepare.save_figure(path, figure)
-
-
-def plot_frontiers(path, rows):
-    """The loss against the compute of training; in black, the lowest so far."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    ax, layers = figure.subplots(), sorted({row["shape"][1] for row in rows})
-    for row in rows:
-        width, depth = row["shape"]
-        label = f"layers: {depth}" if width == rows[0]["shape"][0] else None
-        ax.plot(*zip(*row["curve"]), ".-", lw=1, color=f"C{layers.index(depth)}", label=label)
-        ax.annotate(width, row["curve"][-1], (3, 4), fontsize=8, textcoords="offset points")
-    flops, losses = zip(*sorted(point for row in rows for point in row["curve"]))
-    ax.plot(flops, np.minimum.accumulate(losses), "k-", alpha=0.3, lw=4, label="lowest so far",
-            drawstyle="steps-post")
-    loss_axis(ax)
-    ax.set(title="The best shape depends on the compute (numbers: widths)", xscale="log",
-           xlabel="compute of training (FLOPs)")
-    ax.legend()
-    prepare.save_figure(path, figure)
 
 
 def plot_fit(path, fits, entropy):
@@ -217,19 +172,22 @@ def plot_fit(path, fits, entropy):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    prepare.setup_console()
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--grid", required=True, choices=GRIDS)
     parser.add_argument("-n", type=int, default=100, help="stories to check (default 100)")
     parser.add_argument("--budgets", type=int, nargs="+", help="training steps: --budgets 250 750")
     args, changes = parser.parse_known_args(argv)
+    if args.n < 1:
+        parser.error("-n must be at least 1")
     for name in ("--n_embd", "--n_layer", "--n_head", "--out_dir", "--max_steps"):
         if any(change.startswith(name) for change in changes):
             parser.error(f"{name}: the grid sets this (and --budgets the steps)")
-    rows, runs, signals = [], plan_runs(args.grid, args.budgets, changes), train.catch_signals
+    rows, runs = [], plan_runs(args.grid, args.budgets, changes)
     for i, settings in enumerate(runs, 1):
         print(f"\nRun {i} of {len(runs)}: {settings.out_dir}")
-        rows.append(measure_run(settings, args.n, signals))
+        with train.lock_run(settings.out_dir):
+            rows.append(measure_run(settings, args.n))
     folder = Path("out/scaling", args.grid)
     print(f"\n{write_report(folder, rows, args.n)}\n\nThe report: {folder / 'report.md'}")
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # also works as a plain file
-
 import grade
 import prepare
 import sample
@@ -83,6 +82,7 @@ def show_result(pages, items):
 
 
 def main(argv=None):
+    prepare.setup_console()
     parser = grade.build_parser()
     parser.description = __doc__
     parser.set_defaults(n=1, judge="none")          # completions are sampled, nothing is sent

@@ -65,11 +65,10 @@ def grammar_data(tmp_path_factory, stories):
         patch.setattr(prepare, "HERE", folder)
         prepare.main(["small", "--input", str(folder / "stories.txt"), "--tokenizer", "bpe",
                       "--vocab_size", "2048"])
-    meta_file = folder / "data" / "small" / "meta.json"
-    meta = json.loads(meta_file.read_text()) | {"dataset": "sample", "instruct": False,
-                                                "entropy_bound": {"nats_per_token": 0.26}}
-    prepare.write_text(meta_file, json.dumps(meta))
-    return folder / "data" / "small"
+    small = folder / "data" / "small"
+    prepare.write_meta(small, prepare.read_meta(small) | {
+        "dataset": "sample", "entropy_floor": {"nats_per_token": 0.26}})
+    return small
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +87,15 @@ def model(tokenizer):
 
 def test_true_endings_pass_all_checks(stories):
     endings = [facts.split_story(story)[1] for story in stories]
-    assert consistency.check_endings(stories, endings) == dict.fromkeys(consistency.CHECKS, 1.0)
+    assert consistency.check_endings(stories, endings) == dict.fromkeys(
+        consistency.CHECKS, (100.0, 0.0))
 
 
 def test_endings_of_other_stories_fail(stories):
     endings = [facts.split_story(story)[1] for story in stories]
     shares = consistency.check_endings(stories[:99], endings[1:100])
-    assert max(shares["name"], shares["thing"], shares["plot"]) < 0.15
-    assert max(consistency.check_endings(stories[:9], [""] * 9).values()) == 0
+    assert max(shares[check][0] for check in ("name", "thing", "plot")) < 15
+    assert set(consistency.check_endings(stories[:9], [""] * 9).values()) == {(0.0, 0.0)}
 
 
 @pytest.mark.parametrize("check, right, wrong", [
@@ -188,7 +188,9 @@ def test_a_grid_is_trained_once_and_reported(grammar_data, tmp_path, monkeypatch
     assert len(before) == 4 and "max_steps" not in capsys.readouterr().out
     report = (folder / "report.md").read_text()
     assert report.count(" ± ") == 12 and "| 32 x 1 " in report and "0.260" in report
-    assert {path.name for path in folder.glob("*.png")} == {"fit.png", "maps.png", "frontiers.png"}
+    assert (folder / "fit.png").exists()
+    with train.lock_run(folder / "w16_l1_s1"), pytest.raises(SystemExit, match="Another command"):
+        scaling.main(command)
 
 
 @pytest.fixture(scope="module")
@@ -301,8 +303,8 @@ def write_run(folder, dataset, **switches):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     torch.save({"model": model.state_dict(), "model_config": asdict(config)}, folder / "ckpt.pt")
-    meta = {"dataset": dataset, "vocab_size": len(ranks) + 1, "eot": len(ranks)}
-    prepare.write_text(folder / "meta.json", json.dumps(meta))
+    prepare.write_meta(folder, {"dataset": dataset, "vocab_size": len(ranks) + 1,
+                                "eot": len(ranks)})
 
 
 def open_page(browser, folder, dataset="own", change=(), **switches):
@@ -473,17 +475,30 @@ def test_transformers_reads_and_writes_it(neo):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"activation_function": "relu"}, "activation_function is relu"), ({"model_type": "x"}, "is x"),
+    ({"activation_function": "relu"}, "activation_function is relu"), ({"model_type": 3}, "neo"),
     ({"attention_types": [[["local", "global"], 1], [["local"], 1]]}, "attention_types"),
     ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon"), ({"tie_word_embeddings": False}, "tie"),
     ({"intermediate_size": 64}, "intermediate_size"), ({"vocab_size": 64}, "does not fit"),
-    ({"num_layers": 4}, "attention_types"), ({"num_heads": 5}, "n_embd")])
+    ({"num_layers": 4}, "attention_types"), ({"num_heads": 5}, "n_embd"),
+    ({"attention_types": "global"}, "attention_types is 'global'"),
+    ({"attention_types": [[["global"], "3"]]}, "attention_types is"),
+    ({"attention_types": [[["global"], 10 ** 30]]}, "attention_types is"),
+    ({"num_layers": "3"}, "'n_layer': '3'"), ({"hidden_size": 10 ** 9}, "'n_embd': 1000000000"),
+    ({"window_size": None}, "'window': None"), ([1], "model_type"), ("[" * 10 ** 5, "recursion")])
 def test_what_cannot_be_imported_is_refused_by_name(neo, change, message):
     config = json.loads(Path("neo/config.json").read_text())
-    Path("neo/config.json").write_text(json.dumps(config | change))
+    change = json.dumps(config | change) if isinstance(change, dict) else str(change)
+    Path("neo/config.json").write_text(change)
     with pytest.raises(SystemExit, match=message):
         hf.main(["neo"])
     assert not Path("out/neo/ckpt.pt").exists()
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_damaged_weights_are_refused_in_one_sentence(neo, name):
+    Path("neo", name).write_bytes(b"garbage")
+    with pytest.raises(SystemExit, match="Cannot read|pip install safetensors"):
+        hf.main(["neo"])
 
 
 def test_what_cannot_be_exported_is_refused_by_name(data, tmp_path):
@@ -531,14 +546,14 @@ def test_a_model_that_knows_its_stories_by_heart_is_caught(data, tmp_path, monke
     assert {"memorization.md", "memorization.png"} <= {f.name for f in (tmp_path / "run").iterdir()}
 
 
-def test_bench_ends_with_its_ratios(monkeypatch, capsys):
+def test_bench_measures_training_and_sampling(monkeypatch, capsys):
     monkeypatch.setattr(bench, "SHAPE", GPTConfig(100, 16, 2, 2, 32))
     monkeypatch.setattr(bench, "NEW_TOKENS", 3)
     monkeypatch.setattr(bench, "WORK", {"cpu": (64, 512)})
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)   # no transformers
     bench.main(["--rounds", "1"])
     ratios = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert ratios["loss: ours / all logits"] > 0 and ratios["training, T = 256: of the matrix rate"]
+    assert ratios["training, T = 256: of the matrix rate"] and len(ratios) == 2
 
 
 def test_the_notebook_runs_from_top_to_bottom_twice(data, tmp_path, monkeypatch):
@@ -599,16 +614,6 @@ def test_spearman_is_the_correlation_of_mean_ranks():
     assert report.spearman([(1, 10), (2, 20), (3, 90)]) == pytest.approx(1)
     assert report.spearman([(5, 2), (5, 1), (6, 3), (9, 3)]) == pytest.approx(
         np.corrcoef([1.5, 1.5, 3, 4], [2, 1, 3.5, 3.5])[0, 1])
-
-
-def test_normalized_score_is_the_way_from_random_words_to_true_endings():
-    def graded(values):
-        return [{"prompt": str(i), "grades": dict.fromkeys(grade.METRICS, value)}
-                for i, value in enumerate(values)]
-    by = {name: graded([best - i % 2 for i in range(9)])
-          for name, best in zip(grade.ANCHORS, (9, 6, 1))}
-    assert report.normalized_score(graded([5, 4, 5, 4]), by) == pytest.approx((50, 0))
-    assert report.normalized_score(graded([5, 4, 5, 4]), {**by, grade.ANCHORS[0]: []}) is None
 
 
 def test_the_interval_of_the_rank_correlation_covers_the_true_value():
@@ -692,8 +697,3 @@ def test_nothing_is_requested_twice_and_another_seed_adds_stories(server):
     assert run_generate(server, "--n", "1") == more and not server.requests
     with pytest.raises(SystemExit, match="another language"):
         run_generate(server, "--language", "Spanish")
-
-
-def test_with_ood_no_record_has_both_words_and_summary(server):
-    records = run_generate(server, "--n", "20", "--instruct", "--ood")
-    assert not any("Words: " in record and "Summary: " in record for record in records)
