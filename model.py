@@ -99,13 +99,12 @@ def attention(q, k, v, window=0):
     T, bias = q.size(2), attention_bias(q, k.size(2), window)
     if T > 1 and q.device.type != "cpu":                            # fused: never stores the scores
         return F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None)
-    # Written out: faster than the fused kernel on a CPU in bfloat16. A single query (sampling) uses
-    # sums, because matrix products have a setup cost for each new S.
-    q = q / math.sqrt(q.size(-1))
-    scores = (q * k).sum(-1)[:, :, None] if T == 1 else q @ k.mT    # (B, H, T, S)
+    # Written out: on a CPU this is faster than the fused kernel in bfloat16. On a GPU, it serves the
+    # single queries of sampling, for which cuDNN's kernel would be planned anew for each S.
+    scores = q / math.sqrt(q.size(-1)) @ k.mT                       # (B, H, T, S)
     scores = scores if bias is None else scores + bias
     weights = scores.softmax(dim=-1, dtype=scores.dtype)            # autocast would use float32
-    return (weights.mT * v).sum(2, keepdim=True) if T == 1 else weights @ v
+    return weights @ v
 
 
 class KVCache:
@@ -164,7 +163,7 @@ class Attention(nn.Module):
         q, k, v, v1 = self.heads(x, rope, v1)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)                   # (B, H, S, D)
-        y = self.attend(q, k, v)                                    # (B, H, T, D)
+        y = self.attend(q.to(k.dtype), k, v).to(q.dtype)            # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C)), v1
 
     def attend(self, q, k, v):
@@ -333,7 +332,9 @@ class GPT(nn.Module):
         tokens = torch.zeros(B, int(lengths.max()) + max_new_tokens, dtype=torch.long)
         for row, prompt in zip(tokens, prompts):
             row[:len(prompt)] = torch.tensor(prompt)
-        cache = KVCache(self.config, B, device, self.token_embedding.weight.dtype)
+        # float32 on a CPU: products of another size for each token have a setup cost in bfloat16.
+        dtype = torch.float32 if device.type == "cpu" else self.token_embedding.weight.dtype
+        cache = KVCache(self.config, B, device, dtype)
         rows = torch.arange(B)                              # rows that are still in the cache
         active = torch.full((B,), max_new_tokens > 0)
         t = n_new = int(lengths.min())                      # position; tokens not yet in the cache
