@@ -7,8 +7,8 @@
     python grade.py out/tiny_8l --judge none        # only what needs no judge
     python grade.py stories.jsonl                   # {"prompt", "completion", "model"} per line
 
-Needs OPENAI_API_KEY. Stories and replies are stored in the run's folder: run the same command to
-continue; nothing is paid twice. See arXiv 2305.07759.
+A hosted judge needs OPENAI_API_KEY. Stories and replies are stored in the run's folder: run the
+same command to continue; nothing is paid twice. See arXiv 2305.07759.
 """
 
 import argparse
@@ -132,10 +132,8 @@ def read_grade(name, text):
 
 
 def parse_grades(text, task):
-    """What a judge wrote -> ({name: grade}, ""), or ({}, why there is none).
-
-    Accepts JSON, and lines like "**Grammar:** 7/10". Each grade must be there, and be the same
-    wherever it is repeated: no grade is better than a wrong one."""
+    """What a judge wrote -> ({name: grade}, ""), or ({}, why there is none): no grade is better
+    than a wrong one. Each grade must be there, and be the same wherever it is repeated."""
     outside_json = re.sub(r"(?s)\{.*\}", "", text)
     if re.search(DOUBT, outside_json) or re.search(OTHER_SCALE, text):
         return {}, "a refusal, a quotation, a condition or another scale"
@@ -213,11 +211,9 @@ def read_reply(body):
 
 
 class Client:
-    """A model on a server. ask() may run in many threads.
-
-    parameters: for each turn, the sets to try; after a reply, only one. works: whether there was a
-    reply. failures: questions without a reply since then. spent: dollars, at most. stop: why
-    nothing more is sent, or ""."""
+    """A model on a server. ask() may run in many threads. parameters: for each turn, the sets to
+    try; after a reply, only one. works: whether there was a reply. failures: questions without a
+    reply since then. spent: dollars, at most. stop: why nothing more is sent, or ""."""
 
     def __init__(self, args, model, schema=None, temperature=0, max_tokens=1000):
         self.args, self.name, self.url = args, model, args.base_url.rstrip("/")
@@ -230,9 +226,9 @@ class Client:
         self.spare = threading.Semaphore(self.workers - 1)      # slots that timeouts may take away
         self.timeout = args.timeout or (600 if self.is_local else 60)
         self.max_tokens = args.max_tokens or max_tokens
-        limit = "max_completion_tokens" if re.search("openai|azure", self.url) else "max_tokens"
-        limit = {limit: self.max_tokens}
-        usual = {"temperature": temperature, **limit}
+        new = re.search("openai|azure", self.url)
+        limit = {"max_completion_tokens" if new else "max_tokens": self.max_tokens}
+        usual = {"temperature": temperature, **limit}           # some servers refuse some of it
         sets = [{"reasoning_effort": "none", **usual}, usual, limit, {}, {"stream": True}]
         self.parameters = [sets, [{**each, "response_format": schema} for each in sets] + sets]
         self.price = np.array(PRICES.get(model, (np.nan, np.nan))) / 1e6
@@ -256,10 +252,12 @@ class Client:
                     json={"model": self.name, "messages": messages, **parameters})
                 status, body = response.status_code, response.content.decode("utf-8", "replace")
                 wait = response.headers.get("Retry-After", "")
-            except requests.Timeout:
-                status, body = 504, f"no reply within {self.timeout:g} s (--timeout)"
             except requests.RequestException as error:
-                status, body = 0, f"no connection (a wrong proxy in the environment?): {error}"
+                reason = str(error).split(": ")[-1].strip("\"')")
+                status = 0
+                body = f"cannot reach {self.url} (a wrong proxy in the environment?): {reason}"
+                if "timed out" in reason:
+                    status, body = 504, f"no reply within {self.timeout:g} s (--timeout)"
         reply = read_reply(body) if status == 200 else None
         with LOCK:
             if reply and None not in reply["tokens"]:
@@ -296,23 +294,23 @@ class Client:
             first_error = first_error or error
             step = self.next_step(status, reply, wait, tries)
             if step == "stop":
-                self.stop = (f"{self.url} fails or refuses all requests. Check OPENAI_API_KEY, "
-                             "--judge and --base-url (most servers need .../v1); perhaps there is "
-                             f"no quota left. {error}")
+                self.stop = self.stop or (
+                    f"{self.url} fails or refuses all requests. Check OPENAI_API_KEY, --judge and "
+                    f"--base-url (most servers need .../v1). Or there is no quota left. {error}")
             elif step == "fewer parameters":
                 sets, tries = sets[1:], 0
             elif step == "give up":
                 break
             else:
                 if wait:
-                    tqdm.write(f"{self.url}: {error}", sys.stderr)
+                    tqdm.write(error, sys.stderr)
                 if status == 504 and self.spare.acquire(blocking=False):
                     self.slots.acquire()            # for good: fewer requests at a time
                 end = time.monotonic() + (wait or BACKOFF * 2 ** (tries - 1))
                 while time.monotonic() < end and not self.stop:
                     time.sleep(0.01)
         self.failures += 1
-        return first_error or self.stop
+        return first_error or "not asked: stopped"
 
 
 def confirm_cost(client, what, conversations, calls, tokens_out):
@@ -334,8 +332,8 @@ def confirm_cost(client, what, conversations, calls, tokens_out):
 def ask_all(client, ask, items, label):
     """Call ask(item) for each item: one by one until the server has replied, then in threads."""
     items, bar = iter(items), tqdm(desc=label, total=len(items))
-    SIGPIPE = getattr(signal, "SIGPIPE", None)          # missing on Windows
-    handler = SIGPIPE and signal.signal(SIGPIPE, signal.SIG_IGN)    # a server may hang up
+    pipe = getattr(signal, "SIGPIPE", None)             # a server that hangs up must not end us
+    handler = pipe and signal.signal(pipe, signal.SIG_IGN)
     with bar, ThreadPoolExecutor(client.workers) as pool:
         try:
             while not client.works and (item := next(items, None)):
@@ -345,8 +343,8 @@ def ask_all(client, ask, items, label):
                 bar.update()
         except KeyboardInterrupt:
             client.stop = "Stopped"
-    if SIGPIPE:
-        signal.signal(SIGPIPE, handler)
+    if pipe:
+        signal.signal(pipe, handler)
 
 
 def add_server_options(parser):
@@ -367,8 +365,9 @@ def read_prompts(task, path, synthetic):
     """-> [{"prompt", perhaps "ending", "right", "kind", "Words", ...}]. synthetic: of our own
     prompts, only those in the vocabulary of data/grammar.txt."""
     file = Path(path or prepare.HERE / "data" / TASKS[task][1])
-    rows = read_lines(file)                             # none if it is text
-    for line in file.read_text("utf-8").split("\n") if file.suffix == ".txt" else []:
+    rows = read_lines(file) if file.suffix == ".jsonl" else []
+    text = file.read_text("utf-8") if file.suffix == ".txt" and file.is_file() else ""
+    for line in text.split("\n"):
         if line and not line.startswith("#"):
             prompt, _, ending = line.lstrip("+ ").replace("\\n", "\n").partition("***")
             rows.append({"prompt": prompt, "ending": ending, "sample": line[0] == "+"})
@@ -413,16 +412,18 @@ def read_stories(path, task):
     for line in read_lines(path):
         item = {"model": path.stem, **line, "folder": path.parent}
         if not all(isinstance(item.get(name), str) for name in needed) or item["model"] in ANCHORS:
-            raise SystemExit(f"{path}: each line needs {', '.join(needed)} as text, and no model "
-                             f"may be called like an anchor: {str(line)[:100]}")
+            raise SystemExit(f"{path}: each line needs the texts {', '.join(needed)}, and no model "
+                             f"has the name of an anchor: {str(line)[:100]}")
         item["completion"] = item["completion"].removeprefix(item["prompt"])
         items[item["model"], item["prompt"], item["completion"]] = item
+    if not items or path.name == LOG:
+        raise SystemExit(f"{path} has no stories: lines of JSON with {', '.join(needed)}")
     return [*items.values()]
 
 
 def make_anchors(items):
-    """Stories of known quality for ten prompts, first for those with a true ending; without one, a
-    model's story is shuffled. They do not depend on the order of the models."""
+    """Stories of known quality for ten prompts, those with a true ending first. Without one, a
+    model's story is shuffled: always the same one, whatever the order of the models."""
     items = sorted(items, key=lambda item: item["completion"])
     items = {item["prompt"]: item for item in items}.values()
     for item in sorted(items, key=lambda item: (not item.get("ending"), item["prompt"]))[:10]:
@@ -468,7 +469,7 @@ def attach_replies(items, judge, url, repeat=0):
         key = digest(judge, url, version, repeat, render_page(item), item.get("right"))
         item |= {"key": key, "judge": judge, "url": url, "version": version, "repeat": repeat,
                  "replies": [], "grades": {}, "reason": item.get("reason", "not graded yet")}
-        if not re.search(r"\w", item["completion"]):        # empty: needs no judge
+        if judge != "none" and not re.search(r"\w", item["completion"]):     # an empty story
             item["grades"] = {**dict.fromkeys(METRICS, 0.0), "age": "A", "verdict": "wrong"}
         for turn in (0, 1):
             if len(item["replies"]) == turn and (key, turn) in replies:
@@ -549,7 +550,7 @@ def summary_rows(items):
     for name, stories in items_by_model(items).items():
         rows[name] = cells = {"stories": len(stories)}
         grades = [item["grades"] for item in stories if item["grades"]]
-        if items[0]["judge"] != "none":
+        if grades:
             cells["graded"] = len(grades)
         if grades and items[0]["task"] == "probes":
             for verdict in VERDICTS:
@@ -593,9 +594,6 @@ def parse_args(parser, argv=None):
     args = sample.parse_args(parser, argv)
     if args.n < 1 or args.max_new_tokens < 1:
         parser.error("-n and --max_new_tokens must be above 0")
-    for name in [*args.runs, args.prompts or ""]:
-        if Path(name).name == LOG or name.endswith((".jsonl", ".txt")) and not os.path.isfile(name):
-            parser.error(f"{name} is not a file of stories or prompts")
     return args
 
 
@@ -621,8 +619,8 @@ def main(argv=None):
     print("\n" + sample.format_table(summary_rows(items)))
     if args.task != "probes":
         order = {True: "yes", False: "NO", None: "too few"}[anchors_in_order(items_by_model(items))]
-        print(f"Mean grades ± half of the 95 % interval over {len(by_prompt(items, *METRICS))} "
-              f"prompts. Are the anchors in order? {order}")
+        print(f"Mean grade ± half of its 95 % interval over {len(by_prompt(items, *METRICS))} "
+              "prompts." + f" Does the judge put the anchors in order? {order}" * args.anchors)
     unscored = Counter(item["reason"] for item in items if not item["grades"])
     for reason, n in unscored.most_common(5):
         print(f"unscored: {n} x {reason}", file=sys.stderr)

@@ -35,13 +35,12 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-from data.bpe import EOT, encode_stories, gpt2_ranks, learn_bpe, make_encoding, prune_gpt2
+from data.bpe import encode_stories, gpt2_ranks, learn_bpe, make_encoding, prune_gpt2
 from data.download import download, file_bytes, file_sha256, hub_url, progress
 from data.grammar import FIELDS, GRAMMAR, Story, read_grammar
+from data.text import CHUNK_BYTES, EOT, HINT, read_stories
 
 HERE = Path(__file__).resolve().parent
-CHUNK_BYTES = 4 << 20               # read at a time
-MAX_STORY_BYTES = 64 << 20
 BPE_SAMPLE_BYTES = 100 << 20        # of the text from which a tokenizer is made
 FILES = ("train.bin", "val.bin", "tokenizer.tiktoken")      # of a data set, with meta.json
 
@@ -119,6 +118,13 @@ def setup_console(end_on_error=True):
         sys.stdout = Console(sys.stdout.buffer, sys.stdout.encoding, "replace")
 
 
+def command_parser(doc):
+    """The argument parser of a script, with the script's docstring as its help."""
+    setup_console()
+    return argparse.ArgumentParser(description=doc,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 def printable(text):
     """Make text from outside safe for a terminal: escape its control characters."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]",
@@ -155,61 +161,6 @@ def write_synthetic_stories(folder, grammar, instruct):
                 number += 1
                 bar.update()
     return nats
-
-
-# Mojibake: UTF-8 decoded as Windows-1252 and encoded again.
-MOJIBAKE = {"â€œ": "“", "â€\x9d": "”", "â€™": "’", "â€˜": "‘",
-            "â€“": "–", "â€”": "—", "â€¦": "…", "â€": "”"}
-SEPARATORS = {"\n": rb"\r?\n", "\n\n": rb"\r?\n(?:[ \t]*\r?\n)+"}       # others: literally
-HINT = (f"Put a line {EOT} between stories, or use --separator '\\n' (one story per line) or "
-        "--separator '\\n\\n' (blank lines between stories).")
-
-
-def clean(story, counts):
-    """Bytes of a story -> its text, with known faults of the data repaired and counted."""
-    text = story.decode("utf-8", errors="replace")
-    counts["damaged: not UTF-8"] += "\ufffd" in text
-    counts["damaged: NUL characters"] += "\0" in text
-    if "â€" in text:
-        counts["repaired: mojibake"] += 1
-        for wrong, right in MOJIBAKE.items():
-            text = text.replace(wrong, right)
-    if len(text) > 1_000 and re.search(r"\s{1000}", text):      # tiktoken fails on a million
-        counts["repaired: long runs of white space"] += 1
-        text = re.sub(r"(\s\s)\s{998,}", r"\1", text)
-    return text.replace("\r\n", "\n").strip("\ufeff \t\r\n")
-
-
-def json_story(line, path):
-    """The story in a line of JSON, as bytes."""
-    try:
-        row = json.loads(line)
-        return row.get("text", row.get("story")).encode("utf-8", "surrogatepass")
-    except (ValueError, AttributeError, RecursionError):
-        raise SystemExit(f"{path} looks like JSON. Write one object per line, with the story in "
-                         'the field "text" or "story".')
-
-
-def read_stories(path, counts, separator=EOT):
-    """Yield lists of clean stories (str, not empty), one list per chunk of the file. Bytes are
-    split before they are decoded: the end of a chunk cuts no separator and no character."""
-    rest = b""
-    with open(path, "rb") as file, progress(f"reading {path.name}", os.path.getsize(path)) as bar:
-        head = file.read(1_000)
-        jsonl = path.suffix == ".jsonl" or re.match(rb'(\xef\xbb\xbf)?\s*[\[{]\s*[\[{"]', head)
-        pattern = SEPARATORS.get("\n" if jsonl else separator) or re.escape(separator.encode())
-        file.seek(0)
-        more = True
-        while more:
-            more = file.read(CHUNK_BYTES)
-            *stories, rest = re.split(pattern, rest + more) if more else (rest, b"")
-            if len(rest) > MAX_STORY_BYTES:
-                raise SystemExit(f"{path}: a story of over {MAX_STORY_BYTES >> 20} MB. {HINT}")
-            if jsonl:
-                stories = [json_story(line, path) for line in stories if line.strip()]
-            texts = [clean(text, counts) for story in stories for text in story.split(EOT.encode())]
-            yield [text for text in texts if text]
-            bar.update(len(more))
 
 
 def read_all(files, separator):

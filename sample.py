@@ -154,9 +154,7 @@ def parse_args(parser, argv=None):
 
 
 def main(argv=None):
-    prepare.setup_console()
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = prepare.command_parser(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", help="folders of runs, or checkpoint files")
     add("--prompt", action="append", help="how the story begins; may be repeated; -: type it")

@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -374,16 +374,13 @@ def load_checkpoint(settings, run, meta):
 
 def load_initial_weights(model, settings, tokenizer):
     """--init_from: start from the weights of another run of the same shape and tokenizer."""
-    path = Path(os.path.expanduser(settings.init_from), "ckpt.pt")
-    other, _ = load_model(path)
-    ours, theirs = asdict(model.config), asdict(other.config)
-    differ = [f"{name}={theirs[name]}, here {ours[name]}" for name in ours
-              if theirs[name] != ours[name] and name != "init"]
-    if prepare.load_tokenizer(path.parent)._mergeable_ranks != tokenizer._mergeable_ranks:
-        differ.append("another tokenizer (python prepare.py NAME --input FILE --tokenizer "
-                      f"{shlex.quote(settings.init_from)})")
-    if differ:
-        raise SystemExit(f"--init_from={settings.init_from} does not fit: {'; '.join(differ)}")
+    folder = Path(os.path.expanduser(settings.init_from))
+    other, _ = load_model(folder / "ckpt.pt")
+    if replace(other.config, init=settings.init) != model.config:
+        raise SystemExit(f"--init_from={folder} has another shape: {other.config}")
+    if prepare.load_tokenizer(folder)._mergeable_ranks != tokenizer._mergeable_ranks:
+        raise SystemExit(f"--init_from={folder} has another tokenizer. Prepare your data with it: "
+                         f"python prepare.py NAME --input FILE --tokenizer {shlex.quote(str(folder))}")
     model.load_state_dict(other.state_dict())
 
 
@@ -483,21 +480,17 @@ def catch_signals():
 
 
 def announce_duration(settings, device, autocast):
-    """Say so before anything is downloaded, if the run will take hours on this machine. Measured
-    with a micro-batch of random tokens."""
+    """Before anything is downloaded, say so if the run will take hours on this machine."""
     model = GPT(model_config(settings)).to(device)
-    rows = choose_micro_batch(settings, device)
-    x = torch.randint(settings.vocab_size, (rows, settings.block_size), device=device)
-    for _ in range(2):                              # the first one warms up
-        start = time.time()
-        with autocast:
-            _, loss = model(x, x)
-        loss.backward()
-        seconds = time.time() - start
-    hours = seconds / x.numel() * settings.max_steps * settings.total_batch_size / 3600
-    if hours > 2:
-        print0(f"This run will take about {hours:,.0f} hours on this machine ({device.type}). For "
-               "a laptop: python train.py config/tiny_laptop.py, or config/demo.py")
+    x = torch.ones(choose_micro_batch(settings, device), settings.block_size, dtype=torch.long)
+    start = time.time()
+    with autocast:
+        _, loss = model(x.to(device), x.to(device))
+    loss.backward()
+    seconds = (time.time() - start) / x.numel() * settings.max_steps * settings.total_batch_size
+    if seconds > 2 * 3600:
+        print0(f"This run will take about {seconds / 3600:,.0f} hours on this machine. For a "
+               "laptop: python train.py config/tiny_laptop.py, or config/demo.py")
 
 
 # ------------------------------------------------------------------------------------ the training

@@ -16,8 +16,8 @@ import regex
 import tiktoken
 
 from data.download import progress
+from data.text import EOT
 
-EOT = "<|endoftext|>"               # between stories in text files; one token
 # Pre-tokenization: contractions ('s), words, numbers, punctuation, spaces. No merge crosses them.
 # BPE_PATTERN keeps combining marks (accents, vowel signs of Hindi) with letters.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""

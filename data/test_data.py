@@ -203,7 +203,7 @@ def test_story_boundaries_do_not_depend_on_the_chunk_size(tmp_path, monkeypatch,
     (tmp_path / "t.txt").write_text(RAW + "\n \n\r\n\nEnd.\r\n\r\n", encoding="utf-8", newline="")
     found = []
     for chunk in (1 << 20, 64, 7, 1):
-        monkeypatch.setattr(prepare, "CHUNK_BYTES", chunk)
+        monkeypatch.setattr("data.text.CHUNK_BYTES", chunk)
         found.append(sum(prepare.read_stories(tmp_path / "t.txt", Counter(), separator), []))
     assert all(stories == found[0] for stories in found) and len(found[0]) >= 5
 

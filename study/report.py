@@ -169,9 +169,9 @@ def plot_grades(by, title):
     figure, file = Figure(figsize=(9, 4.5), layout="constrained"), io.BytesIO()
     ax = figure.subplots()
     for i, (name, items) in enumerate(by.items()):
-        x = np.arange(len(METRICS)) + 0.7 * i / len(by)         # next to one another
-        mean, half = zip(*(mean_interval(by_prompt(items, metric).values()) for metric in METRICS))
-        ax.errorbar(x, mean, half, fmt="x" if name in ANCHORS else "o", capsize=3,
+        intervals = [mean_interval(by_prompt(items, metric).values()) for metric in METRICS]
+        x = np.arange(len(METRICS)) + 0.7 * ((i + 0.5) / len(by) - 0.5)     # side by side
+        ax.errorbar(x, *np.transpose(intervals), fmt="x" if name in ANCHORS else "o", capsize=3,
                     label=name.replace("$", r"\$"))
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     ax.set(xticks=range(len(METRICS)), xticklabels=METRICS, ylim=(-0.3, 10.3),

@@ -144,8 +144,8 @@ budget removed. Checks: % of {n} endings that are right (study/consistency.py).
 
 {sample.format_table(laws)}
 
-±: two standard errors (jackknife over the models, one seed each). E is free, or fixed to the
-grammar's entropy, the true limit.
+±: two standard errors (jackknife over the models, one seed each). For our own grammar, E is also
+fixed to the true limit, the entropy.
 
 ![fit](fit.png)
 """)
