@@ -11,27 +11,22 @@ A hosted judge needs OPENAI_API_KEY. Stories and replies are stored in the run's
 same command to continue; nothing is paid twice. See arXiv 2305.07759.
 """
 
-import argparse
 import hashlib
 import json
-import os
 import random
 import re
 import shlex
-import signal
 import sys
-import threading
-import time
+from argparse import BooleanOptionalAction
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import requests
 from tqdm import tqdm
 
 import prepare
 import sample
+from data.client import Client, add_server_options, append_line, ask_all, confirm_cost, read_lines
 from data.grammar import FIELDS, format_instructions, split_sentences
 
 LOG = "grades.jsonl"
@@ -165,200 +160,6 @@ def add_reply(item, reply):
         item["reason"] = reason + ", cut: raise --max-tokens" * cut
 
 
-# ------------------------------------------------------------------- the client
-
-# Dollars per million tokens in and out, November 2026; another model's price is unknown (nan).
-PRICES = {"gpt-6-luna": (0.10, 0.50), "gpt-6-sol": (2, 10), "gpt-6-astra": (10, 50)}
-BACKOFF = 0.5                   # seconds before the first retry, doubled each time
-LOCK = threading.Lock()         # one thread at a time writes a line or counts dollars
-
-
-def append_line(path, record):
-    """Append a JSON line. The newline comes first, because a crash may have cut the last line."""
-    with LOCK, open(path, "ab") as file:
-        file.write(b"\n" + json.dumps(record).encode())
-
-
-def read_lines(path):
-    """The objects in a .jsonl file, without damaged lines; [] if there is no file."""
-    records = []
-    for line in path.read_bytes().split(b"\n") if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            pass
-    return [record for record in records if isinstance(record, dict)]
-
-
-def read_reply(body):
-    """The body of a response, perhaps a stream of chunks -> what is stored of it, or None."""
-    try:
-        chunks = re.findall(r"(?m)^data: ?(\{.*)", body) or [body]
-        chunks = [json.loads(chunk) for chunk in chunks]
-        choices = [choice for chunk in chunks for choice in chunk.get("choices") or []]
-        text, usage = "", chunks[-1].get("usage") or {}
-        for choice in choices:
-            message = choice.get("message") or choice["delta"]
-            content = message.get("content") or ""
-            if isinstance(content, list):
-                content = "".join(part.get("text", "") for part in content)
-            text += content
-        return {"text": text, "finish": choices[-1].get("finish_reason"),
-                "model": chunks[-1].get("model"), "date": time.strftime("%Y-%m-%d %H:%M"),
-                "tokens": [usage.get("prompt_tokens"), usage.get("completion_tokens")]}
-    except (LookupError, TypeError, AttributeError, ValueError):
-        return None
-
-
-class Client:
-    """A model on a server. ask() may run in many threads. parameters: for each turn, the sets to
-    try; after a reply, only one. works: whether there was a reply. failures: questions without a
-    reply since then. spent: dollars, at most. stop: why nothing more is sent, or ""."""
-
-    def __init__(self, args, model, schema=None, temperature=0, max_tokens=1000):
-        self.args, self.name, self.url = args, model, args.base_url.rstrip("/")
-        self.is_local = self.url.startswith("http://")          # remote servers have https://
-        self.key = os.environ.get("OPENAI_API_KEY") or "no-key" * self.is_local
-        if not args.dry_run and not re.fullmatch("[!-~]+", self.key):
-            raise SystemExit("Set a key, without line breaks or spaces: export OPENAI_API_KEY=...")
-        self.workers = max(1, args.workers or (1 if self.is_local else 8))
-        self.slots = threading.Semaphore(self.workers)          # requests at a time
-        self.spare = threading.Semaphore(self.workers - 1)      # slots that timeouts may take away
-        self.timeout = args.timeout or (600 if self.is_local else 60)
-        self.max_tokens = args.max_tokens or max_tokens
-        new = re.search("openai|azure", self.url)
-        limit = {"max_completion_tokens" if new else "max_tokens": self.max_tokens}
-        usual = {"temperature": temperature, **limit}           # some servers refuse some of it
-        sets = [{"reasoning_effort": "none", **usual}, usual, limit, {}, {"stream": True}]
-        self.parameters = [sets, [{**each, "response_format": schema} for each in sets] + sets]
-        self.price = np.array(PRICES.get(model, (np.nan, np.nan))) / 1e6
-        self.works, self.failures, self.spent, self.stop = False, 0, 0.0, ""
-
-    def spent_text(self):
-        return f"at most ${self.spent:.2f}".replace("at most $nan", "an unknown amount")
-
-    def post(self, messages, parameters):
-        """One request -> HTTP status (0: none), reply (dict) or error (str), seconds to wait."""
-        highest_cost, wait = self.price @ (len(str(messages)) / 3, self.max_tokens), ""
-        with self.slots:
-            if self.spent + self.workers * highest_cost > self.args.max_cost:
-                self.stop = f"--max-cost {self.args.max_cost} is reached"
-            if self.stop:
-                return 0, self.stop, 0
-            try:
-                response = requests.post(
-                    f"{self.url}/chat/completions", timeout=self.timeout,
-                    headers={"Authorization": f"Bearer {self.key}"},
-                    json={"model": self.name, "messages": messages, **parameters})
-                status, body = response.status_code, response.content.decode("utf-8", "replace")
-                wait = response.headers.get("Retry-After", "")
-            except requests.RequestException as error:
-                reason = str(error).split(": ")[-1].strip("\"')")
-                status = 0
-                body = f"cannot reach {self.url} (a wrong proxy in the environment?): {reason}"
-                if "timed out" in reason:
-                    status, body = 504, f"no reply within {self.timeout:g} s (--timeout)"
-        reply = read_reply(body) if status == 200 else None
-        with LOCK:
-            if reply and None not in reply["tokens"]:
-                self.spent += self.price @ reply["tokens"]
-            elif status in (200, 504):
-                self.spent += highest_cost
-        return status, reply or body, int(wait) if wait.isdecimal() else 0
-
-    def next_step(self, status, error, wait, tries):
-        """What to do after a failure: "stop", "retry", send "fewer parameters", or "give up"."""
-        temporary = status in (0, 200, 408, 409, 429) or status >= 500
-        if (status in (401, 402) or status in (403, 404) and not self.works
-                or "insufficient_quota" in error or wait > 300
-                or self.failures >= 5 and (temporary or not self.works)):
-            return "stop"
-        if temporary and tries < (7 if self.works and status not in (500, 504) else 3):
-            return "retry"
-        return "fewer parameters" if status in (400, 422, 500) else "give up"
-
-    def ask(self, messages, turn=0):
-        """-> the reply (dict, as stored), or why there is none (str)."""
-        sets, tries, first_error = self.parameters[turn], 0, ""
-        while sets and not self.stop:
-            status, reply, wait = self.post(messages, sets[0])
-            if isinstance(reply, dict):
-                if left_out := ", ".join(sorted(self.parameters[turn][0].keys() - sets[0])):
-                    tqdm.write(f"{self.name} works without {left_out}: {first_error}", sys.stderr)
-                self.parameters[turn], self.works, self.failures = sets[:1], True, 0
-                return {**reply, "sent": sorted(sets[0])}
-            tries += 1
-            error = f"HTTP {status}: {reply}" if status else reply
-            error = prepare.printable(" ".join(error.replace(self.key, "***").split()))[:300]
-            error += f" (asks to wait {wait} s)" * (wait > 0)
-            first_error = first_error or error
-            step = self.next_step(status, reply, wait, tries)
-            if step == "stop":
-                self.stop = self.stop or (
-                    f"{self.url} fails or refuses all requests. Check OPENAI_API_KEY, --judge and "
-                    f"--base-url (most servers need .../v1). Or there is no quota left. {error}")
-            elif step == "fewer parameters":
-                sets, tries = sets[1:], 0
-            elif step == "give up":
-                break
-            else:
-                if wait:
-                    tqdm.write(error, sys.stderr)
-                if status == 504 and self.spare.acquire(blocking=False):
-                    self.slots.acquire()            # for good: fewer requests at a time
-                end = time.monotonic() + (wait or BACKOFF * 2 ** (tries - 1))
-                while time.monotonic() < end and not self.stop:
-                    time.sleep(0.01)
-        self.failures += 1
-        return first_error or "not asked: stopped"
-
-
-def confirm_cost(client, what, conversations, calls, tokens_out):
-    """Print what will be sent and its price; above $1, ask for --yes. A dry run ends here."""
-    args, tokens_in = client.args, len(str(conversations)) // 4 * calls // len(conversations)
-    cost = client.price @ (tokens_in, tokens_out)
-    for message in conversations[0] if args.dry_run else []:
-        print(f"[{message['role']}]\n{prepare.printable(message['content'])}\n")
-    print(f"{what}: {calls:,} calls to {client.name} at {client.url}, about {tokens_in:,} tokens "
-          f"in and {tokens_out:,} out, " + f"${cost:.2f}".replace("$nan", "price unknown"))
-    if args.dry_run:
-        raise SystemExit(0)
-    if args.max_cost < np.inf and np.isnan(cost):
-        raise SystemExit(f"--max-cost: add the price of {client.name} to PRICES in grade.py")
-    if not args.yes and (cost > 1 or np.isnan(cost) and not client.is_local):
-        raise SystemExit("Nothing was sent yet. Add --yes to continue, perhaps with --max-cost.")
-
-
-def ask_all(client, ask, items, label):
-    """Call ask(item) for each item: one by one until the server has replied, then in threads."""
-    items, bar = iter(items), tqdm(desc=label, total=len(items))
-    pipe = getattr(signal, "SIGPIPE", None)             # a server that hangs up must not end us
-    handler = pipe and signal.signal(pipe, signal.SIG_IGN)
-    with bar, ThreadPoolExecutor(client.workers) as pool:
-        try:
-            while not client.works and (item := next(items, None)):
-                ask(item)
-                bar.update()
-            for _ in pool.map(ask, items):
-                bar.update()
-        except KeyboardInterrupt:
-            client.stop = "Stopped"
-    if pipe:
-        signal.signal(pipe, handler)
-
-
-def add_server_options(parser):
-    add = parser.add_argument
-    add("--base-url", help="address of the server (default: OpenAI's)",
-        default=os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1")
-    add("--workers", type=int, help="requests at a time (default 8; 1 on a local server)")
-    add("--timeout", type=float, help="seconds for a reply (default 60; 600 on a local server)")
-    add("--max-tokens", type=int, help="limit per reply, including its thinking")
-    add("--dry-run", action="store_true", help="show a request and the price; send nothing")
-    add("--max-cost", type=float, default=np.inf, help="stop before spending this many dollars")
-    add("--yes", action="store_true", help="continue although it costs more than $1")
-
-
 # ------------------------------------------------------------------- stories and anchors
 
 def read_prompts(task, path, synthetic):
@@ -391,7 +192,7 @@ def complete(path, args):
     hashes = [prepare.file_sha256(each)[:16] for each in files]
     settings = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
     stored = {line.get("key"): line for line in read_lines(folder / "completions.jsonl")}
-    for i in range(args.n):                 # each is a batch with its own seed, whatever n is
+    for i in tqdm(range(args.n), "completions", leave=False):       # a batch for each seed
         key = digest(hashes, settings, args.without, args.seed, i, rows)
         if key not in stored:
             if model is None:
@@ -571,8 +372,7 @@ def summary_rows(items):
 # ------------------------------------------------------------------- command line
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = prepare.command_parser(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", help="folders of runs, checkpoint files, .jsonl files of stories")
     add("--task", default="story", choices=TASKS)
@@ -580,7 +380,7 @@ def build_parser():
     add("--prompts", help="a .txt or .jsonl file like those in data/")
     add("--judge", default="gpt-6-luna", help="a model on the server, or none")
     add("--repeat", type=int, default=0, help="a new number grades again, to see the noise")
-    add("--anchors", action=argparse.BooleanOptionalAction, default=True,
+    add("--anchors", action=BooleanOptionalAction, default=True,
         help="also grade true endings, shuffled sentences and random words")
     add("--max_new_tokens", type=int, default=400, help="limit per completion")
     sample.add_sampling_options(parser, temperature=1.0)
@@ -598,7 +398,6 @@ def parse_args(parser, argv=None):
 
 
 def main(argv=None):
-    prepare.setup_console()
     args = parse_args(build_parser(), argv)
     if args.judge == "me":
         raise SystemExit(f"Be the judge: python -m study.teacher {shlex.join(args.runs)}")

@@ -29,6 +29,7 @@ import model as model_module
 import prepare
 import sample
 import train
+from data.client import PRICES
 from data.grammar import GRAMMAR, Story, read_grammar
 from model import GPT, GPTConfig, NonFiniteLogits, attention, load_model, read_checkpoint
 
@@ -716,7 +717,7 @@ def server(tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     for name in ("OPENAI_API_KEY", "ALL_PROXY", "HTTP_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(grade, "BACKOFF", 0.01)
+    monkeypatch.setattr("data.client.BACKOFF", 0.01)
     (tmp_path / "own" / "folder").mkdir(parents=True)       # logs in neighbor folders are read, too
     monkeypatch.chdir(tmp_path / "own" / "folder")
     yield server
@@ -751,7 +752,7 @@ def stream(request):
 @pytest.fixture
 def ask(server, monkeypatch, capsys):
     """ask(reply, *options): grade five stories -> exit code, output, requests."""
-    monkeypatch.setitem(grade.PRICES, "x", (100, 1_000))
+    monkeypatch.setitem(PRICES, "x", (100, 1_000))
     stories = [{"prompt": f"Day {i}", "completion": f", Tom {i} sat."} for i in range(5)]
     Path("stories.jsonl").write_text("\n".join(map(json.dumps, stories)))
 
@@ -830,6 +831,6 @@ def test_a_story_cannot_close_its_page():
 
 def test_unusable_keys_and_proxies_are_one_sentence(ask, monkeypatch):
     monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
-    assert "wrong proxy in the environment" in ask(good)[1]
+    assert "wrong proxy in the environment" in ask(good)[0]
     monkeypatch.setenv("OPENAI_API_KEY", "secret\n")
     assert "line breaks" in ask(good)[0] and "secret" not in ask(good)[0]

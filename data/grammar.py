@@ -6,10 +6,8 @@
 
 import itertools
 import math
-import os
 import random
 import re
-from collections import Counter
 from pathlib import Path
 
 GRAMMAR = Path(__file__).resolve().with_name("grammar.txt")
@@ -106,26 +104,6 @@ class Story:
             return {**forms, **entry, "": forms[""]}
         text = self.expand(entry[""])
         return {**{end: text + end for end in ("s", "ed", "ing")}, **entry, "": text}
-
-    @property
-    def charges(self):
-        """Where the text reveals its choices: [(position, nats)]; the sum is self.nats.
-
-        For each choice, the story is generated with every other option. Where m options that fit
-        the text become k, it reveals log(m / k) nats: a hero's name at the name, not at "girl",
-        where it was drawn. What is never revealed is charged at the end."""
-        numbers, charges = [number for number, _ in self.choices[:self.n_choices]], []
-        for i, number in enumerate(numbers):
-            m = self.choices[i][1]
-            ends = Counter()
-            for other in set(range(m)) - {number}:
-                replay = [*numbers[:i], other, *numbers[i + 1:]]
-                story = Story(self.rules, self.plots, random.Random(0), replay)
-                ends[len(os.path.commonprefix([self.text, story.text]))] += 1
-            for position, n in sorted(ends.items()):
-                charges.append((position, math.log(m / (m - n))))
-                m -= n
-        return sorted(charges)
 
     def record(self):
         """The story as a record of TinyStories-Instruct."""

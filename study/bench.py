@@ -13,7 +13,6 @@ import json
 import statistics
 import sys
 import time
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -185,8 +184,7 @@ def compare_training(device, T, rounds, peers):
 
 
 def main(argv=None):
-    prepare.setup_console()
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = prepare.command_parser(__doc__)
     parser.add_argument("--ladder", action="store_true", help="compare our own optimizations")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each (default 5)")
     args = parser.parse_args(argv)

@@ -14,7 +14,6 @@ import math
 import re
 import sys
 import textwrap
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import numpy as np
@@ -195,8 +194,7 @@ def autopsy(model, tokenizer, story, ending):
 
 
 def main(argv=None):
-    prepare.setup_console()
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = prepare.command_parser(__doc__)
     parser.add_argument("run", help="a run's folder, or a checkpoint file, trained on the sample")
     parser.add_argument("-n", type=int, default=200, help="stories (default 200)")
     parser.add_argument("--autopsy", action="store_true", help="explain the first wrong endings")

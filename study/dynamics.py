@@ -11,7 +11,6 @@ beginnings, losses, and for our own grammar the checks of study/consistency.py) 
 import csv
 import sys
 import textwrap
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import numpy as np
@@ -81,8 +80,7 @@ def plot_curves(path, losses, checks, entropy):
 
 
 def main(argv=None):
-    prepare.setup_console()
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = prepare.command_parser(__doc__)
     parser.add_argument("run", help="the folder of a run")
     parser.add_argument("--prompt", action="append", help="a beginning; may be repeated")
     sample.add_sampling_options(parser, temperature=0.0)

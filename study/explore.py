@@ -11,7 +11,6 @@ The template, study/explore.html, holds a second, short version of model.py in J
 import base64
 import json
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # also works as 
 import prepare
 import sample
 from study.consistency import first_wrong_word, generate_endings
-from study.facts import held_out_stories, split_story
+from study.facts import charges, held_out_stories, split_story
 
 MAX_MB = 60
 STORIES = 8                 # held-out stories of the grammar in the page
@@ -82,7 +81,7 @@ def describe_story(story, tokenizer):
     ids = [tokenizer.eot_token, *tokenizer.encode_ordinary(story.text), tokenizer.eot_token]
     ends = np.cumsum([len(tokenizer.decode_single_token_bytes(i)) for i in ids[1:-1]])
     nats = np.zeros(len(ids))
-    for position, charge in story.charges:
+    for position, charge in charges(story):
         start = len(story.text[:position].encode())                 # in bytes, like the tokens
         nats[1 + np.searchsorted(ends, start, side="right")] += charge
     return {"title": story.plot["name"], "ids": ids, "nats": nats.tolist()}
@@ -141,8 +140,7 @@ def write_html(path, page):
 
 
 def main(argv=None):
-    prepare.setup_console()
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = prepare.command_parser(__doc__)
     parser.add_argument("run", help="a run's folder, or a checkpoint file")
     parser.add_argument("--force", action="store_true", help=f"also a page of over {MAX_MB} MB")
     args = parser.parse_args(argv)

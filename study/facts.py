@@ -4,8 +4,11 @@ Used by study/consistency.py and study/explore.py. If the first scene says that 
 then the ending can only name Mia, red and kite, and say "she" while no boy is there.
 """
 
+import math
+import os
 import random
 import re
+from collections import Counter
 
 import prepare
 from data.grammar import Story, read_grammar
@@ -104,3 +107,23 @@ def decided_words(story, ending):
             right = (word in ("he", "him", "his", "himself")) == ("he" in genders)
             found.append((match, "pronoun", right, OTHER_GENDER[word]))
     return sorted(found, key=lambda item: item[0].start())
+
+
+def charges(story):
+    """Where the text reveals its choices: [(position, nats)]; the sum is story.nats.
+
+    For each choice, the story is generated with every other option. Where m options that fit
+    the text become k, it reveals log(m / k) nats: a hero's name at the name, not at "girl",
+    where it was drawn. What is never revealed is charged at the end."""
+    choices, charges = story.choices[:story.n_choices], []
+    numbers = [number for number, _ in choices]
+    for i, (number, m) in enumerate(choices):
+        ends = Counter()
+        for other in set(range(m)) - {number}:
+            replay = [*numbers[:i], other, *numbers[i + 1:]]
+            text = Story(story.rules, story.plots, random.Random(0), replay).text
+            ends[len(os.path.commonprefix([story.text, text]))] += 1
+        for position, n in sorted(ends.items()):
+            charges.append((position, math.log(m / (m - n))))
+            m -= n
+    return sorted(charges)

@@ -15,7 +15,6 @@ data/mine.jsonl, and data/mine.txt is made from all of them: nothing is paid for
 import random
 import re
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
 from pathlib import Path
 
@@ -121,8 +120,7 @@ def write_stories(args, log):
 
 
 def main(argv=None):
-    prepare.setup_console()
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = prepare.command_parser(__doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="a text file, .txt; the log is next to it")
     add("--n", type=int, default=1_000, help="stories of this seed (default 1000)")

@@ -12,7 +12,6 @@ its tokenizer stays prepare.load_tokenizer(FOLDER). Only the paper's architectur
 import json
 import math
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -186,8 +185,7 @@ def export(run, folder):
 
 
 def main(argv=None):
-    prepare.setup_console()
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = prepare.command_parser(__doc__)
     parser.add_argument("name", help="a name on the Hugging Face hub, or a folder")
     parser.add_argument("--export", metavar="RUN", help="write this run into the folder")
     args = parser.parse_args(argv)

@@ -11,7 +11,6 @@ memorization.md and memorization.png.
 
 import sys
 import textwrap
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import numpy as np
@@ -126,8 +125,7 @@ def plot(path, shares, novel, title):
 
 
 def main(argv=None):
-    prepare.setup_console()
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = prepare.command_parser(__doc__)
     parser.add_argument("run", help="a run's folder, or a checkpoint file")
     parser.add_argument("-n", type=int, default=100, help="stories (default 100)")
     parser.add_argument("--data", help="folder of its train.bin (default: in data/)")

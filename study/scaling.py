@@ -12,7 +12,6 @@ stories of our own grammar, the true limit E of the loss is known: the grammar's
 import itertools
 import json
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -172,8 +171,7 @@ def plot_fit(path, fits, entropy):
 
 
 def main(argv=None):
-    prepare.setup_console()
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = prepare.command_parser(__doc__)
     parser.add_argument("--grid", required=True, choices=GRIDS)
     parser.add_argument("-n", type=int, default=100, help="stories to check (default 100)")
     parser.add_argument("--budgets", type=int, nargs="+", help="training steps: --budgets 250 750")
