@@ -99,8 +99,8 @@ def attention(q, k, v, window=0):
     T, bias = q.size(2), attention_bias(q, k.size(2), window)
     if T > 1 and q.device.type != "cpu":                            # fused: never stores the scores
         return F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None)
-    # Written out: on a CPU this is faster than the fused kernel in bfloat16. On a GPU, it serves the
-    # single queries of sampling, for which cuDNN's kernel would be planned anew for each S.
+    # Written out: faster than the fused kernel on a CPU in bfloat16, and for a single query on a
+    # GPU, where cuDNN would plan its kernel again for each new S.
     scores = q / math.sqrt(q.size(-1)) @ k.mT                       # (B, H, T, S)
     scores = scores if bias is None else scores + bias
     weights = scores.softmax(dim=-1, dtype=scores.dtype)            # autocast would use float32

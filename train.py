@@ -377,10 +377,10 @@ def load_initial_weights(model, settings, tokenizer):
     folder = Path(os.path.expanduser(settings.init_from))
     other, _ = load_model(folder / "ckpt.pt")
     if replace(other.config, init=settings.init) != model.config:
-        raise SystemExit(f"--init_from={folder} has another shape: {other.config}")
+        raise SystemExit(f"--init_from={folder} is another kind of model: {other.config}")
     if prepare.load_tokenizer(folder)._mergeable_ranks != tokenizer._mergeable_ranks:
-        raise SystemExit(f"--init_from={folder} has another tokenizer. Prepare your data with it: "
-                         f"python prepare.py NAME --input FILE --tokenizer {shlex.quote(str(folder))}")
+        raise SystemExit(f"--init_from={folder} has another tokenizer. Prepare the text with it: "
+                         f"python prepare.py NAME --input FILE --tokenizer {folder}")
     model.load_state_dict(other.state_dict())
 
 
@@ -664,11 +664,11 @@ def train(settings, signals=list):
         saved = save_checkpoint(settings, run, meta)
     if stop:
         print0(f"Stopped after step {run.step:,}. Run the same command to continue.")
-    elif run.step > first_step:
+    elif run.step == first_step:
+        print0("This run is finished. Raise --max_steps to train longer.")
+    else:
         print0(f"Done: step {run.step:,}, {run.seconds / 60:.1f} minutes of training. "
                f"Try: python sample.py {shlex.quote(str(folder))}")
-    else:
-        print0("This run is finished. Raise --max_steps to train longer.")
     if WORLD_SIZE > 1:
         dist.barrier()
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Which words of its ending has a story of our own grammar already decided?
+"""What does our own grammar say about the words of a story?
 
 Used by study/consistency.py and study/explore.py. If the first scene says that Mia lost a red kite,
 then the ending can only name Mia, red and kite, and say "she" while no boy is there.
@@ -115,7 +115,7 @@ def charges(story):
     For each choice, the story is generated with every other option. Where m options that fit
     the text become k, it reveals log(m / k) nats: a hero's name at the name, not at "girl",
     where it was drawn. What is never revealed is charged at the end."""
-    choices, charges = story.choices[:story.n_choices], []
+    choices, found = story.choices[:story.n_choices], []
     numbers = [number for number, _ in choices]
     for i, (number, m) in enumerate(choices):
         ends = Counter()
@@ -124,6 +124,6 @@ def charges(story):
             text = Story(story.rules, story.plots, random.Random(0), replay).text
             ends[len(os.path.commonprefix([story.text, text]))] += 1
         for position, n in sorted(ends.items()):
-            charges.append((position, math.log(m / (m - n))))
+            found.append((position, math.log(m / (m - n))))
             m -= n
-    return sorted(charges)
+    return sorted(found)

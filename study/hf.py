@@ -24,11 +24,9 @@ import train
 from data.download import download, hub_url
 from model import GPT, GPTConfig, read_checkpoint
 
-MAX_SIZE = 100_000      # of anything in an imported model; GPT-2's vocabulary has 50,257 entries
 # Our sizes, and what GPT-Neo's config.json calls them.
 SIZES = {"vocab_size": "vocab_size", "block_size": "max_position_embeddings",
-         "n_layer": "num_layers", "n_head": "num_heads", "n_embd": "hidden_size",
-         "window": "window_size"}
+         "n_layer": "num_layers", "n_head": "num_heads", "n_embd": "hidden_size"}
 # Our weights, and what GPT-Neo calls them; to be replaced in this order.
 NAMES = {"token_embedding": "transformer.wte", "position_embedding": "transformer.wpe",
          "blocks.": "transformer.h.", ".norm_": ".ln_", "norm.": "transformer.ln_f.",
@@ -66,63 +64,50 @@ def neo_views(model):
     return views
 
 
-def layer_kinds(types):
-    """GPT-Neo's attention_types, such as [[["global", "local"], 4]] -> the kind of each layer."""
+def read_weights(folder):
+    """The file of a GPT-Neo's weights, and what it holds: {GPT-Neo's name: tensor}."""
+    path = folder / "model.safetensors"
     try:
-        return [kind for kinds, n in types for kind in kinds * min(n, MAX_SIZE)]
-    except (TypeError, ValueError):
-        raise ValueError(f"attention_types is {types!r}; expected [[[kind, ...], number], ...]")
+        if path.is_file():
+            from safetensors.torch import load_file             # comes with transformers
+            return path, load_file(path)
+        path = folder / "pytorch_model.bin"
+        return path, read_checkpoint(path)
+    except Exception as error:                                  # safetensors has its own kind
+        raise SystemExit(f"Cannot read {path}: {error}")
 
 
-def read_config(path):
-    """config.json -> GPTConfig. SystemExit: it describes what our model cannot do."""
+def read_config(path, weights):
+    """config.json -> GPTConfig. SystemExit if it does not fit the weights or our model."""
     try:
         theirs = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(theirs, dict) or theirs.get("model_type") != "gpt_neo":
+        if theirs["model_type"] != "gpt_neo":
             raise ValueError("its model_type is not gpt_neo")
-        sizes = {ours: theirs.get(name) for ours, name in SIZES.items()}
-        if not all(type(size) is int and 0 < size <= MAX_SIZE for size in sizes.values()):
-            raise ValueError(f"its sizes are {sizes}; expected numbers from 1 to {MAX_SIZE:,}")
-        kinds = layer_kinds(theirs.get("attention_types"))
-        if "local" not in kinds:                # a window that no layer uses
-            sizes["window"], theirs["window_size"] = 0, sizes["block_size"]
+        vocab_size, C = weights["transformer.wte.weight"].shape
+        block_size = len(weights["transformer.wpe.weight"])
+        n_layer = len([name for name in weights if name.endswith(".ln_1.weight")])
+        # [[["global", "local"], 4]]: four times these two. -> one kind per layer
+        kinds = [kind for kinds, n in theirs["attention_types"] for kind in kinds * min(n, n_layer)]
         theirs["attention_types"] = [[kinds, 1]]
-        config = GPTConfig(**sizes, **paper_switches())
-        differ = [f"{name} is {theirs[name]}, not {value}"
-                  for name, value in neo_config(config).items()
-                  if theirs.get(name) is not None and theirs[name] != value]
-        if differ:
-            raise ValueError("; ".join(differ))
+        window = theirs.pop("window_size") if "local" in kinds else 0
+        config = GPTConfig(vocab_size, block_size, n_layer, theirs["num_heads"], C, window=window,
+                           **paper_switches())
+        expected = neo_config(config)
+        for name in expected.keys() & theirs.keys():
+            if theirs[name] not in (expected[name], None):
+                raise ValueError(f"{name} is {theirs[name]}, not {expected[name]}")
         return config
-    except (OSError, ValueError, RecursionError) as error:
-        raise SystemExit(f"{path} cannot be imported: {error}")
-
-
-def read_safetensors(path):
-    """-> {name: tensor}. ValueError if the file is damaged."""
-    try:
-        import safetensors.torch  # comes with transformers
-    except ImportError:
-        raise SystemExit(f"To read {path}: pip install safetensors")
-    try:
-        return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"it is damaged ({error})")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise SystemExit(f"{path} does not describe a GPT-Neo that we can import: {error}")
 
 
 def import_model(folder):
     """A folder with config.json and the weights of a GPT-Neo -> GPT."""
-    model = GPT(read_config(folder / "config.json"))
-    path, read = folder / "model.safetensors", read_safetensors
-    if not path.is_file():
-        path, read = folder / "pytorch_model.bin", read_checkpoint
-    try:
-        weights = read(path)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"Cannot read {path}: {error}")
+    path, weights = read_weights(folder)
+    model = GPT(read_config(folder / "config.json", weights))
     for name, view in neo_views(model).items():
         tensor = weights.get(name)
-        if not isinstance(tensor, torch.Tensor) or tensor.shape != view.shape:
+        if getattr(tensor, "shape", None) != view.shape:
             raise SystemExit(f"{path} does not fit its config.json: {name}")
         view.copy_(tensor)
     for block in model.blocks:      # GPT-Neo does not divide the scores by sqrt(D); we do
