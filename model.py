@@ -344,7 +344,10 @@ class GPT(nn.Module):
                 rows = rows[active[rows]]
             if cache.length + n_new > self.config.block_size:       # full: re-read the newer half
                 cache.length, n_new = 0, min(t, max(1, self.config.block_size // 2))
+            # On a CPU, oneDNN plans each product: for a single token, that costs more than it saves.
+            torch.backends.mkldnn.enabled = len(rows) * n_new > 1
             logits, _ = self(tokens[rows, t - n_new:t].to(device), cache=cache)
+            torch.backends.mkldnn.enabled = True
             u = torch.rand(B, generator=generator)[rows].to(device)
             sampled = sample_next_token(logits[:, -1], u, temperature, top_k, top_p).cpu()
             tokens[rows, t] = torch.where(t < lengths[rows], tokens[rows, t], sampled)
