@@ -151,7 +151,7 @@ def load_settings(argv):
 # ------------------------------------------------------------------------------------------ data
 
 def load_dataset(name):
-    """The folder and meta.json of a data set. One that prepare.py knows is prepared if missing."""
+    """-> folder, meta.json. A missing data set that prepare.py knows is prepared."""
     name = os.path.expanduser(name)
     folder = Path(name) if Path(name, "meta.json").is_file() else prepare.HERE / "data" / name
     if not (folder / "meta.json").is_file():
@@ -162,8 +162,7 @@ def load_dataset(name):
         prepare.main([name])
     meta = prepare.verify_dataset(folder)
     if prepare.grammar_changed(meta):
-        print0(f"data/grammar.txt has changed since {folder} was generated from it. To generate it "
-               f"again: python prepare.py {name} --force")
+        print0(f"data/grammar.txt has changed. To use it: python prepare.py {name} --force")
     return folder, meta
 
 
@@ -193,14 +192,14 @@ def get_batch(file, block_size, rows, seed):
 
 
 def validation_batches(file, eot, block_size, eval_tokens, rows=16):
-    """Two views of the same validation text, as lists of batches x, y: windows of the token stream
-    (comparable between runs), and whole stories, each from its beginning (cut at block_size)."""
+    """Two views of the validation text, as lists of batches x, y: windows of the token stream, and
+    whole stories, each from its beginning (cut at block_size)."""
     data = np.fromfile(file, dtype=np.uint16).astype(np.int64)
     data = data[:eval_tokens + 1] if eval_tokens else data
     n = (len(data) - 1) // block_size * block_size
     if n <= 0:
-        raise SystemExit(f"{file}: {len(data)} tokens are fewer than one window of block_size="
-                         f"{block_size}. Use more text, or a smaller --block_size.")
+        raise SystemExit(f"{file} has fewer tokens than block_size={block_size}. Use more text, or "
+                         "a smaller --block_size.")
     x, y = (torch.from_numpy(data[i:i + n]).view(-1, block_size) for i in (0, 1))
     windows = list(zip(x.split(rows), y.split(rows)))
 
@@ -239,7 +238,7 @@ def evaluate(model, batches, device, autocast):
 
 def orthogonalize(x):
     """Matrices (n, rows, columns) -> nearest matrices with all singular values near 1, by five
-    Newton-Schulz steps with the coefficients of Keller Jordan's Muon."""
+    Newton-Schulz steps with Keller Jordan's coefficients."""
     tall = x.size(-2) > x.size(-1)
     x = x.to(best_dtype(x.device.type))
     x = x.mT if tall else x
@@ -276,22 +275,22 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model, settings, device):
     """Muon for the matrices of the blocks and AdamW for the rest, or AdamW for everything."""
-    matrices = [p for p in model.blocks.parameters() if p.ndim >= 2]
-    is_matrix = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in is_matrix]
-    decayed = {"params": matrices, "weight_decay": settings.weight_decay}
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        (matrices if name.startswith("blocks.") and p.ndim >= 2 else others).append(p)
+    matrices = {"params": matrices, "weight_decay": settings.weight_decay}
     groups, optimizers = [{"params": others, "weight_decay": 0.0}], []
     lr = settings.learning_rate
     if settings.optimizer == "muon":
-        optimizers.append(Muon([decayed], dict(lr=lr, momentum=settings.momentum)))
+        optimizers.append(Muon([matrices], dict(lr=lr, momentum=settings.momentum)))
     else:
-        groups.append(decayed)
+        groups.append(matrices)
     adamw = torch.optim.AdamW(groups, lr, (0.9, settings.beta2), fused=device.type == "cuda")
     return [adamw, *optimizers]
 
 
 def lr_multiplier(settings, step):
-    """Learning rate of a step as a fraction of the peak: linear warmup, flat, linear cooldown."""
+    """Learning rate as a fraction of its peak: linear warmup, flat, linear cooldown."""
     if step < settings.warmup_steps:
         return (step + 1) / settings.warmup_steps
     left = (settings.max_steps - step) / max(settings.max_steps - settings.warmup_steps, 1)
@@ -318,7 +317,7 @@ COUNTERS = ("step", "seconds", "loss_sum", "loss_steps", "micro_batch", "log")
 
 
 def save_checkpoint(settings, run, meta):
-    """Write ckpt.pt, completely or not at all -> True if it worked (else the next save retries)."""
+    """Write ckpt.pt, completely or not at all -> whether it worked (the next save tries again)."""
     folder = Path(settings.out_dir)
     weights = {"model": run.model.state_dict(), "model_config": asdict(run.model.config),
                "settings": asdict(settings), "meta": meta, "step": run.step}
@@ -335,7 +334,7 @@ def save_checkpoint(settings, run, meta):
                 torch.save(weights, file)
         return True
     except (OSError, RuntimeError) as error:        # torch reports a full disk as a RuntimeError
-        print0(f"Could not save {folder}/ckpt.pt: {error}", sys.stderr)
+        print0(f"Cannot save {folder}/ckpt.pt: {error}", sys.stderr)
         return False
 
 
@@ -393,7 +392,7 @@ def write_log(folder, log, entropy_floor=None):
                            "".join(",".join(map(str, line)) + "\n" for line in lines))
         plot_loss(folder, log, entropy_floor)
     except Exception as error:                      # neither is worth stopping a training run
-        print0(f"Could not write log.csv or loss.png: {error!r}", sys.stderr)
+        print0(f"Cannot write log.csv or loss.png: {error!r}", sys.stderr)
 
 
 def plot_loss(folder, log, entropy_floor=None):
@@ -428,8 +427,7 @@ def print0(text, file=None):
 # ---------------------------------------------------------------------------- machine and processes
 
 def setup_device(settings):
-    """-> this process's device, number format and autocast context; under torchrun, join the other
-    processes."""
+    """-> device, number format and autocast context of this process. Joins those of torchrun."""
     name = find_device(settings.device)
     device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
     if name == "cuda":
@@ -464,8 +462,7 @@ def choose_micro_batch(settings, device):
 
 
 def catch_signals():
-    """-> a list that receives the number of the first SIGINT, SIGTERM or SIGHUP; a second one ends
-    the process at once."""
+    """-> a list that receives SIGINT, SIGTERM or SIGHUP; a second one ends the process at once."""
     received = []
 
     def handler(number, frame):
@@ -554,8 +551,7 @@ def start_run(settings, meta, tokenizer, device, dtype):
            f"{str(dtype)[6:]}, {run.micro_batch} rows at a time"
            + (f"; continuing at step {run.step:,}" if run.step else ""))
     if epochs > 20:
-        print0("The model will read the same text many times and may memorize it. Watch the "
-               "validation loss; use more text or fewer --max_steps.")
+        print0("The model reads the text many times and may memorize it: watch the validation loss.")
     return run
 
 
@@ -585,7 +581,7 @@ def train(settings, signals=list):
     tokenizer = prepare.load_tokenizer(data)
     if meta["train"]["tokens"] < 2 * T:
         raise SystemExit(f"{data} has {meta['train']['tokens']} training tokens; block_size={T} "
-                         f"needs at least {2 * T}.")
+                         f"needs {2 * T}.")
     quick_eval, final_eval = (validation_batches(data / "val.bin", meta["eot"], T, n)
                               for n in (settings.eval_tokens, settings.final_eval_tokens))
     beginning = np.fromfile(data / "val.bin", np.uint16, 8).tolist()    # of a validation story
@@ -677,7 +673,7 @@ def train(settings, signals=list):
 
 
 def lock_run(folder):
-    """Create the folder of a run and keep other commands out of it, inside a `with` statement."""
+    """Create the folder of a run and keep other commands out of it, in a with statement."""
     try:
         os.makedirs(folder, exist_ok=True)
         return FileLock(Path(folder, f".lock{RANK}")).acquire(blocking=False)

@@ -6,7 +6,6 @@
 
 import itertools
 import math
-import random
 import re
 from pathlib import Path
 

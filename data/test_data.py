@@ -68,18 +68,6 @@ def test_nats_are_the_log_of_the_number_of_options(tmp_path):
         assert len(set(re.findall("Ann|Bob|Cy", story.text))) == 1      # a variable does not change
 
 
-def test_charges_are_where_the_options_differ(tmp_path):
-    rules = "girl (boy=girl) = Ann | Zoe\nboy (boy=boy) = Al | Bo\nhero = {girl} | {boy}"
-    grammar = small_grammar(tmp_path / "g.txt", rules, "A {hero.boy} named {hero}. The {end|tip}.")
-    story = Story(*grammar, random.Random(0))
-    name = story.text.index(story.bindings["hero"][""])
-    assert [(where, round(math.exp(nats))) for where, nats in story.charges] == [
-        (2, 2), (name, 2), (story.text.index("The") + 4, 2)]
-    for story in (Story(*read_grammar(), random.Random(seed)) for seed in range(6)):
-        assert sum(nats for _, nats in story.charges) == pytest.approx(story.nats, abs=1e-9)
-        assert all(0 <= where <= len(story.text) for where, _ in story.charges)
-
-
 def test_the_most_specific_form_is_used(tmp_path):
     rules = ("a (s=own) : {c}\nb (he=she, s=shared) : {c} | {d} (s=last)\nc : x (he=he)\n"
              "d : y (s=yy)")

@@ -1,20 +1,28 @@
 """How fast are training and sampling, compared with transformers and with the machine's limit?
 
-    python -m study.bench               # 3 minutes on two CPU cores
-    python -m study.bench --ladder      # on a GPU: what each optimization is worth
+    python -m study.bench                           # 3 minutes on two CPU cores
+    python -m study.bench --llama2c llama2.c/run    # also the C program of llama2.c
+    python -m study.bench --ladder                  # on a GPU: what each optimization is worth
+    python -m study.bench --profile                 # which operations take the time
 
-GPT-Neo and GPT-2 are those of transformers (if installed), in the shape of tiny_8l. All take turns,
-because a machine's speed changes from minute to minute: the tables show medians, and each ratio is
-the median of the ratios within a round. The last line is JSON with all ratios.
+GPT-Neo and GPT-2 are those of transformers (if installed), in the shape of tiny_8l; the machine's
+limit is a matrix product with as many FLOPs as our training step. All take turns, because a
+machine's speed changes from minute to minute: the tables show medians, and each ratio is the median
+of the ratios within a round. The last line is JSON with all ratios.
 """
 
 import importlib.util
 import json
+import os
 import statistics
+import struct
+import subprocess
 import sys
+import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,8 +31,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # also works as a plain file
 import prepare
-from model import GPT, GPTConfig, best_dtype, tune_malloc
+from model import GPT, ChunkedCrossEntropy, GPTConfig, best_dtype, tune_malloc
 from study.hf import neo_config
+from study.scaling import flops_per_token
 from train import Settings, make_optimizers
 
 SHAPE = GPTConfig(vocab_size=10_000, n_layer=8, n_head=4, n_embd=256)
@@ -114,17 +123,54 @@ def their_sampling(kind, device, rows):
                                   pad_token_id=0)
 
 
-def matrix_product(device):
+def llama2c_sampling(program):
+    """llama2.c with random weights of about our size: its MLP has three matrices instead of two."""
+    V, T, L, H, C = SHAPE.vocab_size, SHAPE.block_size, SHAPE.n_layer, SHAPE.n_head, SHAPE.n_embd
+    hidden = 8 * C // 3
+    attention, mlp, norms, rope = 4 * L * C * C, 3 * L * C * hidden, (2 * L + 1) * C, T * C // H
+    weights = 0.02 * torch.randn(V * C + attention + mlp + norms + rope)
+    folder = tempfile.TemporaryDirectory()                      # exists as long as run() does
+    model, tokenizer = Path(folder.name, "model.bin"), Path(folder.name, "tokenizer.bin")
+    header = struct.pack("7i", C, hidden, L, H, H, V, T)
+    model.write_bytes(header + weights.numpy().tobytes())
+    tokenizer.write_bytes(struct.pack("i", 1) + V * struct.pack("=fi1s", 0.0, 1, b"a"))
+
+    def run():
+        subprocess.run([os.path.abspath(program), model, "-z", tokenizer, "-n", str(NEW_TOKENS),
+                        "-p", "1"], cwd=folder.name, check=True, capture_output=True)
+    return run
+
+
+def matrix_product(device, flops):
     size, dtype = WORK[device][0], best_dtype(device)
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    a = torch.randn(flops // (2 * size * size), size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
     return lambda: a @ b
 
 
-def measure(contestants, rounds, device):
+def losses(device, tokens):
+    """The loss over the vocabulary, forward and backward, computed in several ways."""
+    x, weight = (torch.randn(rows, SHAPE.n_embd, device=device, requires_grad=True)
+                 for rows in (tokens, SHAPE.vocab_size))
+    targets, dtype = torch.randint(len(weight), (tokens,), device=device), best_dtype(device)
+
+    def run(loss_fn):
+        with torch.autocast(device, dtype, dtype != torch.float32):
+            loss = loss_fn(x, weight, targets)
+        torch.autograd.grad(loss, (x, weight))
+
+    runs = {"ours": partial(run, ChunkedCrossEntropy.apply),
+            "all logits": partial(run, lambda x, w, y: F.cross_entropy(F.linear(x, w).float(), y))}
+    if hasattr(F, "linear_cross_entropy"):                      # since torch 2.13
+        runs["linear_cross_entropy"] = partial(run, F.linear_cross_entropy)
+    return runs
+
+
+def measure(runs, rounds, device):
     """{name: function} -> {name: seconds of each round}; in a round, each runs once."""
-    seconds = {name: [] for name in contestants}
+    seconds = {name: [] for name in runs}
     for i in range(rounds + 2):                         # the first two only warm up
-        for name, run in contestants.items():
+        for name, run in runs.items():
             start = time.perf_counter()
             run()
             if device == "cuda":
@@ -134,81 +180,81 @@ def measure(contestants, rounds, device):
     return seconds
 
 
-def speedup(seconds, name, other):              # of `name`, compared with `other`
-    return statistics.median(b / a for a, b in zip(seconds[name], seconds[other]))
-
-
-def print_table(title, seconds, tokens):
-    """Print speeds as Markdown -> {title and name: how many times as fast as this ours is}."""
-    ratios = {}
+def compare(title, runs, tokens, rounds, device):
+    """Measure, and print a Markdown table -> {title and name: how many times as fast ours is}."""
+    seconds, ratios = measure(runs, rounds, device), {}
     print(f"\n| {title} | tokens/s | ours / this |\n|---|--:|--:|")
     for name, times in seconds.items():
-        speed, ratio = tokens / statistics.median(times), speedup(seconds, "ours", name)
-        print(f"| {name} | {speed:,.0f} | {ratio:.2f} |", flush=True)
+        ratio = statistics.median(b / a for a, b in zip(seconds["ours"], times))
+        print(f"| {name} | {tokens / statistics.median(times):,.0f} | {ratio:.2f} |", flush=True)
         if name != "ours":
             ratios[f"{title}: ours / {name}"] = round(ratio, 3)
     return ratios
 
 
-def climb_ladder(device, rounds):
-    size, tokens = WORK[device]
-    [times] = measure({"": matrix_product(device)}, rounds, device).values()
-    rate = 2 * size ** 3 / statistics.median(times)                     # FLOP/s
+def climb_ladder(device, tokens, rounds):
+    flops, settings = int(1e12), {}
+    [times] = measure({"": matrix_product(device, flops)}, rounds, device).values()
+    rate = flops / statistics.median(times)             # per second
     print("\n| training step | tokens/s | of the matrix rate | memory |\n|---|--:|--:|--:|")
-    settings, T = {}, SHAPE.block_size
     for name, change in LADDER.items():
         settings |= change
         torch.cuda.reset_peak_memory_stats()
-        step = our_step(device, T, tokens, **settings)
+        step = our_step(device, SHAPE.block_size, tokens, **settings)
         [times] = measure({name: step}, rounds, device).values()
         speed = tokens / statistics.median(times)
-        width = settings["n_embd"]
-        config = GPTConfig(settings["vocab_size"], T, SHAPE.n_layer, width // 64, width)
-        share = speed * GPT(config).flops_per_token() / rate
+        shape = replace(SHAPE, vocab_size=settings["vocab_size"], n_embd=settings["n_embd"])
+        share = speed * flops_per_token(GPT(shape)) / rate
         memory = torch.cuda.max_memory_allocated() / 1e9
         print(f"| {name} | {speed:,.0f} | {share:.0%} | {memory:,.1f} GB |", flush=True)
 
 
-def compare_training(device, T, rounds, peers):
-    """Training steps of ours and of the peers, and our share of the matrix rate -> ratios."""
-    size, tokens = WORK[device]
-    steps = {"ours": our_step(device, T, tokens), "matrix product": matrix_product(device)}
-    steps |= {kind: their_step(kind, device, T, tokens) for kind in peers}
-    seconds = measure(steps, rounds, device)
-    flops = tokens * GPT(replace(SHAPE, block_size=T)).flops_per_token()
-    share = speedup(seconds, "ours", "matrix product") * flops / (2 * size ** 3)
-    del seconds["matrix product"]
-    ratios = print_table(f"training, T = {T}", seconds, tokens)
-    print(f"Ours reaches {share:.0%} of the rate of a {size} x {size} matrix product.")
-    return ratios | {f"training, T = {T}: of the matrix rate": round(share, 3)}
+def print_profile(device, tokens):
+    runs = {"training": our_step(device, SHAPE.block_size, tokens),
+            "sampling, 1 row": our_sampling(device, 1)}
+    for name, run in runs.items():
+        run()                                           # warms up
+        with torch.profiler.profile() as profile:
+            run()
+        order = f"self_{'device' if device == 'cuda' else 'cpu'}_time_total"
+        print(f"\n{name}\n{profile.key_averages().table(sort_by=order, row_limit=20)}")
 
 
 def main(argv=None):
     parser = prepare.command_parser(__doc__)
     parser.add_argument("--ladder", action="store_true", help="compare our own optimizations")
+    parser.add_argument("--profile", action="store_true", help="list the slowest operations")
+    parser.add_argument("--llama2c", metavar="PATH", help="the compiled program of llama2.c")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each (default 5)")
     args = parser.parse_args(argv)
-    if args.rounds < 1:
-        parser.error("--rounds must be at least 1")
-    gpu = torch.cuda.is_available()
-    device = "cuda" if gpu else "cpu"
-    if args.ladder and not gpu:
-        parser.error("--ladder needs a CUDA GPU")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.rounds < 1 or args.ladder and device == "cpu":
+        parser.error("--rounds must be at least 1, and --ladder needs a CUDA GPU")
+    if args.llama2c and not os.access(args.llama2c, os.X_OK):
+        parser.error(f"--llama2c: {args.llama2c} is not a program")
     tune_malloc()
-    machine = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} CPU cores"
+    gpu, tokens, ratios = device == "cuda", WORK[device][1], {}
+    machine = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} CPU threads"
     print(f"{machine}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
     if args.ladder:
-        climb_ladder(device, args.rounds)
-        return
+        return climb_ladder(device, tokens, args.rounds)
+    if args.profile:
+        return print_profile(device, tokens)
     peers = ["GPT-Neo", "GPT-2"] if importlib.util.find_spec("transformers") else []
-    ratios = {}
     for T in (256, 512):
-        ratios |= compare_training(device, T, args.rounds, peers)
+        flops = tokens * flops_per_token(GPT(replace(SHAPE, block_size=T)))
+        runs = {"ours": our_step(device, T, tokens)}
+        runs |= {"matrix product": matrix_product(device, flops)}
+        runs |= {kind: their_step(kind, device, T, tokens) for kind in peers}
+        ratios |= compare(f"training, T = {T}", runs, tokens, args.rounds, device)
+    ratios |= compare("loss", losses(device, tokens), tokens, args.rounds, device)
     for rows in (1, 64):
         runs = {"ours": our_sampling(device, rows)}
         runs |= {kind: their_sampling(kind, device, rows) for kind in peers}
-        seconds = measure(runs, max(1, args.rounds // 2), device)
-        ratios |= print_table(f"sampling, rows: {rows}", seconds, rows * NEW_TOKENS)
+        if args.llama2c and rows == 1:
+            runs["llama2.c"] = llama2c_sampling(args.llama2c)
+        ratios |= compare(f"sampling, rows: {rows}", runs, rows * NEW_TOKENS,
+                          max(1, args.rounds // 2), device)
     print(json.dumps(ratios))
 
 

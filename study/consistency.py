@@ -1,13 +1,12 @@
 """Do the endings that a model writes fit their stories? Measured exactly, without a judge.
 
     python -m study.consistency out/demo                  # half a minute
-    python -m study.consistency out/demo --without 1.0    # without head 0 of layer 1
     python -m study.consistency out/demo --autopsy        # what happened at a wrong word?
     python -m study.consistency out/demo_instruct         # does it use the required words?
 
 For models of our own grammar. Five checks of sampled endings, and minimal pairs (arXiv 1912.00582)
-in true endings: is the right word more likely than the other words of its list? Without sampling,
-they have much less noise. Writes no files.
+in true endings: is the right word more likely than the other words of its list? The pairs have much
+less noise, because nothing is sampled. Writes no files.
 """
 
 import math
@@ -65,13 +64,11 @@ def option_pattern(option):
 def check_endings(stories, endings):
     """{check: (% of the endings that pass it, standard error)}, without those where there is
     nothing to check."""
-    results = [check_ending(story, ending) for story, ending in zip(stories, endings)]
-    shares = {}
+    results, shares = list(map(check_ending, stories, endings)), {}
     for check in CHECKS:
-        values = [result[check] for result in results if result[check] is not None]
-        n = max(len(values), 1)
-        share = sum(values) / n
-        shares[check] = 100 * share, 100 * math.sqrt(share * (1 - share) / n)
+        right = [result[check] for result in results if result[check] is not None] or [False]
+        share = sum(right) / len(right)
+        shares[check] = 100 * share, 100 * math.sqrt(share * (1 - share) / len(right))
     return shares
 
 
@@ -120,14 +117,14 @@ def minimal_pairs(story, tokenizer):
 
 @torch.inference_mode()
 def score_pairs(model, tokenizer, stories):
-    """One forward pass per story -> {kind: (number of pairs, % where the right word is the most
-    likely of its list, its probability within the list in %, standard error of that)}."""
-    scores, results = {}, {}
+    """One forward pass per story -> {kind: (number of pairs, % of them where the right word is more
+    likely than all other words of its list, mean probability of the right word in %, if only the
+    words of its list are possible, standard error of this mean)}."""
+    scores, results, device = {}, {}, model.token_embedding.weight.device
     for number, story in enumerate(stories):
-        ids = sample.encode_prompt(tokenizer, story.text, model.config.block_size)
-        idx = torch.tensor([ids[:model.config.block_size]])                 # (1, T)
-        logits, _ = model(idx.to(model.token_embedding.weight.device))
-        logits = logits[0].float().cpu().numpy()                            # (T, V)
+        ids = [tokenizer.eot_token, *tokenizer.encode_ordinary(story.text)]
+        idx = torch.tensor([ids[:model.config.block_size]], device=device)  # (1, T)
+        logits = model(idx)[0][0].float().cpu().numpy()                     # (T, V)
         if not np.isfinite(logits).all():
             raise SystemExit(NonFiniteLogits.__doc__)
         for position, kind, right, others in minimal_pairs(story, tokenizer):
@@ -137,8 +134,7 @@ def score_pairs(model, tokenizer, stories):
                 scores.setdefault(kind, []).append(row)
     for kind, rows in sorted(scores.items()):
         number, correct, p = np.array(rows, dtype=float).T
-        # Pairs within a story are not independent: sum them first.
-        sums = np.bincount(number.astype(int), p - p.mean())
+        sums = np.bincount(number.astype(int), p - p.mean())    # pairs of a story are dependent
         error = np.sqrt((sums ** 2).sum()) / len(p)
         results[kind] = len(p), 100 * correct.mean(), 100 * p.mean(), 100 * error
     return results
@@ -152,9 +148,8 @@ def attention_weights(model, idx):
     def record(module, args):
         x, rope, v1, *_ = args
         q, k, *_ = module.heads(x, rope, v1)                        # (1, H, T, D)
-        eye = torch.eye(q.size(2), dtype=q.dtype, device=q.device)  # as values: weights @ eye
-        eye = eye.expand(*q.shape[:2], -1, -1)                      # (1, H, T, T)
-        weights.append(module.attend(q, k, eye)[0].float())
+        eye = torch.eye(q.size(2)).expand(*q.shape[:2], -1, -1)     # as values: weights @ eye
+        weights.append(module.attend(q, k, eye.to(q))[0].float())
 
     hooks = [block.attn.register_forward_pre_hook(record) for block in model.blocks]
     model(idx)
@@ -165,9 +160,9 @@ def attention_weights(model, idx):
 
 def first_wrong_word(story, ending):
     """-> (its position in the ending, the word, the words that were right there), or None."""
-    wrong = [(match.start(), match[0], others)
-             for match, _, right, others in decided_words(story, ending) if not right]
-    return wrong[0] if wrong else None
+    for match, _, is_right, right_words in decided_words(story, ending):
+        if not is_right:
+            return match.start(), match[0], right_words
 
 
 @torch.inference_mode()
@@ -227,8 +222,9 @@ def main(argv=None):
     rows = {}
     for kind, (n, correct, p, error) in score_pairs(model, tokenizer, stories).items():
         rows[kind] = {"pairs": n, "right word most likely, %": f"{correct:.1f}",
-                      "its probability, %": f"{p:.2f}", "standard error": f"{error:.2f}"}
-    print(f"\nMinimal pairs of {args.n} true endings\n\n{sample.format_table(rows)}")
+                      "probability, %": f"{p:.2f}", "standard error": f"{error:.2f}"}
+    print(f"\nMinimal pairs in {args.n} true endings: the right word against the others of its list"
+          f"\n\n{sample.format_table(rows)}")
 
 
 if __name__ == "__main__":

@@ -49,13 +49,16 @@ def kept_checkpoints(folder):
     return dict(sorted(files.items()))
 
 
-def loss_axis(ax):
-    """A logarithmic axis for losses, with few labels."""
-    ax.set(yscale="log", ylabel="loss (nats per token)")
-    ax.yaxis.set_major_locator(FixedLocator([0.2, 0.3, 0.5, 1, 2, 3, 5, 10]))
+def finish_loss_plot(ax, title, entropy=None):
+    """Add a title, a legend, the entropy of the grammar and a logarithmic axis for the loss."""
+    if entropy:
+        ax.axhline(entropy, color="k", ls=":", label=f"entropy of the grammar: {entropy:.2f}")
+    ax.set(title=title, yscale="log", ylabel="loss (nats per token)")
+    ax.yaxis.set_major_locator(FixedLocator([0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10]))
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_locator(NullLocator())
     ax.grid(alpha=0.3)
+    ax.legend()
 
 
 def plot_curves(path, losses, checks, entropy):
@@ -63,12 +66,9 @@ def plot_curves(path, losses, checks, entropy):
     figure = Figure(figsize=(11 if checks else 6, 4.5), layout="constrained")
     axes = figure.subplots(1, 1 + bool(checks), squeeze=False)[0]
     for i, (name, points) in enumerate((losses | checks).items()):
-        axes[int(name in checks)].plot(*zip(*points), ".-", color=f"C{i}", label=name)
-    if entropy:
-        axes[0].axhline(entropy, color="k", ls=":", label="entropy of the grammar")
-    loss_axis(axes[0])
-    axes[0].set_title("The loss falls fast, then slowly")
-    axes[0].legend()
+        x, y = np.reshape(points, (-1, 2)).T
+        axes[int(name in checks)].plot(x, y, ".-", color=f"C{i}", label=name)
+    finish_loss_plot(axes[0], "The loss falls fast, then slowly", entropy)
     figure.supxlabel("training step")
     if checks:
         first, *_, last = sorted(checks, key=lambda name: -np.sum(checks[name], axis=0)[1])
@@ -87,10 +87,8 @@ def main(argv=None):
     args = sample.parse_args(parser, argv)
     folder, prompts = Path(args.run), args.prompt or PROMPTS
     files, meta = kept_checkpoints(folder), prepare.read_meta(folder)
-    losses, checks, cells, continuations = {}, {}, {}, dict.fromkeys(prompts, "")
-    for column, name in CURVES.items():
-        if points := read_log(folder, column):
-            losses[name] = points
+    losses = {name: read_log(folder, column) for column, name in CURVES.items()}
+    checks, cells, continuations = {}, {}, dict.fromkeys(prompts, "")
     for step, file in tqdm(files.items()):
         model, tokenizer, _ = sample.load_run(file, args.device, without=args.without)
         texts = sample.generate_texts(model, tokenizer, prompts, max_new_tokens=60,

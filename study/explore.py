@@ -55,25 +55,20 @@ def reference_logits(model, ids):
 
 @torch.inference_mode()
 def top_tokens(model, texts):
-    """The tokens with each neuron's largest activations. texts: lists of ids -> places in their
-    concatenation, and activations, each (layers * 4C, TOP)."""
-    hidden, n_read = [], 0
+    """The tokens with each neuron's largest activations. texts: lists of ids -> activations, and
+    places in the concatenation of all texts, each (layers * 4C, TOP)."""
+    hidden, activations = [], []
     hooks = [block.mlp.c_proj.register_forward_pre_hook(lambda _, x: hidden.append(x[0][0]))
              for block in model.blocks]
-    values = torch.zeros(model.config.n_layer * 4 * model.config.n_embd, TOP)
-    places = torch.zeros_like(values, dtype=torch.long)
     for ids in texts:
         hidden.clear()
         model(torch.tensor([ids]))
-        new = torch.stack(hidden).transpose(1, 2).flatten(0, 1)     # (layers * 4C, T)
-        new[:, 0] = 0           # large activations on the end mark say nothing about stories
-        new_places = torch.arange(n_read, n_read + len(ids)).expand_as(new)
-        values, order = torch.cat((values, new), dim=1).topk(TOP)
-        places = torch.cat((places, new_places), dim=1).gather(1, order)
-        n_read += len(ids)
+        activations.append(torch.cat(hidden, dim=1).T)              # (layers * 4C, T)
+        activations[-1][:, 0] = 0       # those on the end token say nothing about stories
     for hook in hooks:
         hook.remove()
-    return places, values
+    activations = torch.cat(activations, dim=1)
+    return activations.topk(min(TOP, activations.size(1)))
 
 
 def describe_story(story, tokenizer):
@@ -109,7 +104,7 @@ def build_page(model, tokenizer, meta, name):
     texts = validation_stories(dataset, NEURON_STORIES)
     prompt = texts[0][:40].rpartition(" ")[0]
     texts = [[eot, *tokenizer.encode_ordinary(text)][:config.block_size] for text in texts]
-    ids, (places, values) = sum(texts, []), top_tokens(model, texts)
+    ids, (values, places) = sum(texts, []), top_tokens(model, texts)
     largest = values[:, 0].topk(min(12, len(values))).indices.tolist()
     stories = held_out_stories(100) if dataset == "sample" else []  # of our own grammar
     endings = generate_endings(model, tokenizer, stories) if stories else []
@@ -125,7 +120,7 @@ def build_page(model, tokenizer, meta, name):
         "tensors": [[name, weight.numel()] for name, weight in weights.items()],
         "weights": encode_array(torch.cat([w.flatten() for w in weights.values()]), np.float16),
         "reference": reference_logits(model, ids),
-        "neurons": {"n_top": TOP, "ids": ids, "places": encode_array(places, np.uint16),
+        "neurons": {"n_top": values.size(1), "ids": ids, "places": encode_array(places, np.uint16),
                     "values": encode_array(values.clamp(max=65_000), np.float16),
                     "largest": [divmod(i, 4 * config.n_embd) for i in largest]},
         "stories": [describe_story(story, tokenizer) for story in stories[:STORIES]],

@@ -8,7 +8,6 @@ import math
 import os
 import random
 import re
-from collections import Counter
 
 import prepare
 from data.grammar import Story, read_grammar
@@ -115,15 +114,14 @@ def charges(story):
     For each choice, the story is generated with every other option. Where m options that fit
     the text become k, it reveals log(m / k) nats: a hero's name at the name, not at "girl",
     where it was drawn. What is never revealed is charged at the end."""
-    choices, found = story.choices[:story.n_choices], []
-    numbers = [number for number, _ in choices]
-    for i, (number, m) in enumerate(choices):
-        ends = Counter()
+    numbers, found = [number for number, _ in story.choices], []
+    for i, (number, m) in enumerate(story.choices[:story.n_choices]):
+        ends = []
         for other in set(range(m)) - {number}:
             replay = [*numbers[:i], other, *numbers[i + 1:]]
             text = Story(story.rules, story.plots, random.Random(0), replay).text
-            ends[len(os.path.commonprefix([story.text, text]))] += 1
-        for position, n in sorted(ends.items()):
-            found.append((position, math.log(m / (m - n))))
-            m -= n
+            ends.append(len(os.path.commonprefix([story.text, text])))
+        for position in sorted(ends):               # one more option no longer fits
+            found.append((position, math.log(m / (m - 1))))
+            m -= 1
     return sorted(found)

@@ -2,8 +2,6 @@
 
     python -m study.generate --out data/mine.txt --dry-run      # first request and price
     python -m study.generate --out data/mine.txt                # 1,000 stories: about 20 cents
-    python -m study.generate --out data/mine.txt --instruct     # the same, with instructions
-    python -m study.generate --out data/spanish.txt --language Spanish
     python prepare.py mine --input data/mine.txt
 
 The same request brings the same few stories. So each one has a random verb, noun and adjective
@@ -48,10 +46,7 @@ REPLY = r"(?ims)^\W*words\W*?[:：](.+?)^\W*summary\W*?[:：](.*?\w.*?)^\W*story
 def read_words(path=prepare.HERE / "data" / "words.txt"):
     """-> {"verb": [words], ...}, one entry for each list in the file."""
     parts = re.split(r"(?m)^(\w+):$", re.sub(r"(?m)^#.*", "", path.read_text("utf-8")))
-    words = {name: text.split() for name, text in zip(parts[1::2], parts[2::2])}
-    if not words or not all(words.values()):
-        raise SystemExit(f"{path} needs lines like 'verb:', with words below each.")
-    return words
+    return {name: text.split() for name, text in zip(parts[1::2], parts[2::2])}
 
 
 def build_request(lists, seed, number, language=""):
@@ -107,8 +102,8 @@ def write_stories(args, log):
     texts, counts = {}, Counter()           # texts: {story: its text in the file}
     for line in sorted(log.values(), key=lambda line: (line["seed"], line["number"])):
         fields = parse_reply(line)
-        if isinstance(fields, str) or fields["Story"] in texts:
-            counts[f"left out: {fields}" if isinstance(fields, str) else "left out: duplicate"] += 1
+        if isinstance(fields, str):
+            counts[f"left out: {fields}"] += 1
             continue
         story, fields["Features"] = fields.pop("Story"), ", ".join(sorted(line["features"]))
         n_words = fields["Words"].count(", ") + bool(fields["Words"])
@@ -116,7 +111,7 @@ def write_stories(args, log):
         rng = random.Random(f"{line['seed']}-{line['number']} fields")
         texts[story] = format_record(story, rng.choice, fields) if args.instruct else story
     prepare.write_text(args.out, "".join(f"{text}\n{prepare.EOT}\n" for text in texts.values()))
-    return counts + Counter(stories=len(texts))
+    return counts + Counter({"different stories": len(texts)})
 
 
 def main(argv=None):

@@ -24,9 +24,6 @@ import train
 from data.download import download, hub_url
 from model import GPT, GPTConfig, read_checkpoint
 
-# Our sizes, and what GPT-Neo's config.json calls them.
-SIZES = {"vocab_size": "vocab_size", "block_size": "max_position_embeddings",
-         "n_layer": "num_layers", "n_head": "num_heads", "n_embd": "hidden_size"}
 # Our weights, and what GPT-Neo calls them; to be replaced in this order.
 NAMES = {"token_embedding": "transformer.wte", "position_embedding": "transformer.wpe",
          "blocks.": "transformer.h.", ".norm_": ".ln_", "norm.": "transformer.ln_f.",
@@ -40,13 +37,13 @@ def paper_switches():
     return {name: paper[name] for name in names}
 
 
-def neo_config(config):
+def neo_config(c):
     """GPTConfig -> the config.json of a GPT-Neo."""
-    kinds = ["global", "local" if config.window else "global"] * config.n_layer
-    sizes = {theirs: getattr(config, ours) for ours, theirs in SIZES.items()}
-    return {"model_type": "gpt_neo", **sizes, "intermediate_size": 4 * config.n_embd,
-            "attention_types": [[kinds[:config.n_layer], 1]],
-            "window_size": config.window or config.block_size, "layer_norm_epsilon": 1e-5,
+    kinds = ["global", "local" if c.window else "global"] * c.n_layer
+    return {"model_type": "gpt_neo", "vocab_size": c.vocab_size, "num_layers": c.n_layer,
+            "num_heads": c.n_head, "hidden_size": c.n_embd, "intermediate_size": 4 * c.n_embd,
+            "max_position_embeddings": c.block_size, "window_size": c.window or c.block_size,
+            "attention_types": [[kinds[:c.n_layer], 1]], "layer_norm_epsilon": 1e-5,
             "activation_function": "gelu_new", "tie_word_embeddings": True}
 
 
@@ -69,11 +66,11 @@ def read_weights(folder):
     path = folder / "model.safetensors"
     try:
         if path.is_file():
-            from safetensors.torch import load_file             # comes with transformers
+            from safetensors.torch import load_file  # comes with transformers
             return path, load_file(path)
         path = folder / "pytorch_model.bin"
         return path, read_checkpoint(path)
-    except Exception as error:                                  # safetensors has its own kind
+    except Exception as error:                                  # SafetensorError is no ValueError
         raise SystemExit(f"Cannot read {path}: {error}")
 
 
@@ -86,12 +83,13 @@ def read_config(path, weights):
         vocab_size, C = weights["transformer.wte.weight"].shape
         block_size = len(weights["transformer.wpe.weight"])
         n_layer = len([name for name in weights if name.endswith(".ln_1.weight")])
-        # [[["global", "local"], 4]]: four times these two. -> one kind per layer
-        kinds = [kind for kinds, n in theirs["attention_types"] for kind in kinds * min(n, n_layer)]
+        kinds = []                                              # one for each layer
+        for pattern, n in theirs["attention_types"]:            # [["global", "local"], 4]
+            kinds += pattern * min(n, n_layer + 1)
         theirs["attention_types"] = [[kinds, 1]]
-        window = theirs.pop("window_size") if "local" in kinds else 0
-        config = GPTConfig(vocab_size, block_size, n_layer, theirs["num_heads"], C, window=window,
-                           **paper_switches())
+        window = theirs.pop("window_size", None)
+        config = GPTConfig(vocab_size, block_size, n_layer, theirs["num_heads"], C,
+                           window=window if "local" in kinds else 0, **paper_switches())
         expected = neo_config(config)
         for name in expected.keys() & theirs.keys():
             if theirs[name] not in (expected[name], None):
@@ -128,11 +126,11 @@ def import_run(name):
         for file in ("config.json", "pytorch_model.bin"):
             download(hub_url(name, "main", file, kind=""), folder / file)
     model = import_model(source)
-    meta = {"dataset": "tinystories", "instruct": "-Inst" in name}
     if (source / "meta.json").exists():                         # exported by us
         meta = prepare.read_meta(source)
         ranks = prepare.load_tokenizer(source)._mergeable_ranks
     else:
+        meta = {"dataset": "tinystories", "instruct": "-Inst" in name}
         ranks = prepare.gpt2_ranks()
     if len(ranks) + 1 != model.config.vocab_size:
         raise SystemExit(f"{name} cannot be imported: vocab_size is {model.config.vocab_size}, "

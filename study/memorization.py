@@ -65,10 +65,8 @@ def search(path, ends, texts, k, excluded):
     (an array), the largest share of its k-grams that one story has, the number of that story."""
     grams = [np.unique(hash_kgrams(text, k)) for text in texts]
     known = np.unique(np.concatenate(grams))                        # (G,) sorted
-    columns = [np.searchsorted(known, mine) for mine in grams]
-    owned = torch.zeros(len(known), len(texts))                     # 1: the text has the k-gram
-    for i, column in enumerate(columns):
-        owned[column, i] = 1
+    owned = np.stack([np.isin(known, mine) for mine in grams], axis=1)
+    owned = torch.from_numpy(owned).float()                         # (G, texts)
     counts = torch.zeros(len(known))
     share, nearest = torch.zeros(len(texts)), torch.zeros(len(texts), dtype=torch.long)
     data, start = np.memmap(path, np.uint16, "r"), 0
@@ -88,7 +86,7 @@ def search(path, ends, texts, k, excluded):
         best, row = (occurs @ owned / owned.sum(0)).max(0)                  # over the stories
         nearest = torch.where(best > share, first + row, nearest)
         share, start = torch.maximum(best, share), chunk[-1] + 1
-    return [counts[column] for column in columns], share.numpy(), nearest.numpy()
+    return [counts[mine > 0] for mine in owned.T], share.numpy(), nearest.numpy()
 
 
 def complete(model, tokenizer, stories, temperature, seed):
@@ -96,11 +94,11 @@ def complete(model, tokenizer, stories, temperature, seed):
     completions, endings = [], []
     for i in range(0, len(stories), ROWS):
         halves = [np.split(story, [2 * len(story) // 5]) for story in stories[i:i + ROWS]]
-        prompts = [tokenizer.decode(beginning.tolist()) for beginning, _ in halves]
-        longest = max(len(ending) for _, ending in halves)
-        texts = sample.generate_texts(model, tokenizer, prompts, longest, temperature,
+        prompts, true = zip(*halves)
+        prompts = [tokenizer.decode(prompt.tolist()) for prompt in prompts]
+        texts = sample.generate_texts(model, tokenizer, prompts, max(map(len, true)), temperature,
                                       seed=seed + i)
-        for text, (_, ending) in zip(texts, halves):
+        for text, ending in zip(texts, true):
             ids = tokenizer.encode_ordinary(text)[:len(ending)]
             if len(ids) >= MIN_TOKENS:
                 completions.append(np.array(ids, np.uint16))
@@ -109,12 +107,12 @@ def complete(model, tokenizer, stories, temperature, seed):
 
 
 def plot(path, shares, novel, title):
-    """shares: {name: 2 arrays (texts,)}; novel: {k: 2 shares}; 2 for the GROUPS."""
+    """shares: (4, 2, texts), the 4 of PAPER for the 2 GROUPS; novel: {k: 2 shares}."""
     figure = Figure(figsize=(13, 7), layout="constrained")
     figure.suptitle(title, fontsize=14)
     *axes, last, empty = figure.subplots(2, 3).flatten()
-    for ax, (name, values) in zip(axes, shares.items()):
-        ax.hist(values, np.linspace(0, 1, 21))
+    for ax, name, groups in zip(axes, PAPER, shares):
+        ax.hist(list(groups), np.linspace(0, 1, 21))
         ax.set(title=name, xlabel="share of the text's k-grams", ylabel="number of texts")
     lines = last.plot(KS, list(novel.values()), "o-")
     last.set(title="(c) k-grams in no training story", xlabel="k (tokens)", xticks=KS)
@@ -131,8 +129,6 @@ def main(argv=None):
     parser.add_argument("--data", help="folder of its train.bin (default: in data/)")
     sample.add_sampling_options(parser, temperature=1.0)
     args = sample.parse_args(parser, argv)
-    if args.n < 2:
-        parser.error("-n must be at least 2")
     model, tokenizer, meta = sample.load_run(args.run, args.device, without=args.without)
     folder = sample.results_folder(args.run)
     data = Path(args.data or prepare.HERE / "data" / meta["dataset"])
@@ -141,7 +137,7 @@ def main(argv=None):
         raise SystemExit(f"{args.run} was not trained on {path}. Name the right folder with --data")
     ends = np.flatnonzero(np.memmap(path, np.uint16, "r") == tokenizer.eot_token)
     long_enough = np.flatnonzero(np.diff(ends, prepend=-1) > 2 * MIN_TOKENS)
-    chosen = np.random.default_rng(args.seed).permutation(long_enough)[:args.n]
+    chosen = np.random.default_rng(args.seed).permutation(long_enough)[:max(0, args.n)]
     stories = [read_story(path, ends, number) for number in chosen]
     completions, endings = complete(model, tokenizer, stories, args.temperature, args.seed)
     n = len(completions)
@@ -155,10 +151,9 @@ def main(argv=None):
     overlap = [precision(text, other) for text, other in zip(texts, others)]
     rouge = [*largest_rouge(completions), *largest_rouge(endings)]
 
-    shares, rows = {}, []
-    for name, values in zip(PAPER, (overlap, rouge, found[2][1], found[3][1])):
-        shares[name] = np.split(np.array(values), 2)            # completions, true endings
-        cells = [f"{np.median(group):.2f}, at most {group.max():.2f}" for group in shares[name]]
+    rows, shares = [], np.reshape([overlap, rouge, found[2][1], found[3][1]], (4, 2, n))
+    for name, groups in zip(PAPER, shares):
+        cells = [f"{np.median(group):.2f}, at most {group.max():.2f}" for group in groups]
         rows.append([name, *cells, PAPER[name]])
     for k in KS:
         cells = [f"{share:.1%}" for share in novel[k]]

@@ -2,7 +2,7 @@
 
     python -m study.report out/demo                     # by the judge with the most replies
     python -m study.report out/tiny_1l out/tiny_8l --judge gpt-6-luna
-    python -m study.report stories.jsonl                # with the options of grade.py
+    python -m study.report stories.jsonl                # options as grade.py; or a grades.jsonl
 
 Asks nobody and costs nothing. Writes one HTML page next to the log: stories, replies, grades with
 95 % intervals (their unit is the prompt), all pairs of models, and the agreement of all judges in
@@ -37,15 +37,20 @@ td { padding: .2em .6em; border-bottom: 1px solid #ccc } table, details { margin
 pre { white-space: pre-wrap; font: inherit } i { color: #777 } pre + pre { color: #246 }</style>"""
 
 
-def log_lines(items):
-    """The log lines about these stories."""
-    pages = {render_page(item) for item in items}
-    return [line for line in grade.read_log(items) if render_page(line) in pages]
+def logged_stories(log, task):
+    """The stories that a grades.jsonl has replies about."""
+    stories = {}
+    for line in grade.read_lines(log):
+        if line.get("task") == task and "turn" in line:
+            stories[line["model"], render_page(line)] = {**line, "folder": log.parent}
+    return [*stories.values()]
 
 
 def judges_in(items):
     """Who graded these stories: a list of (name, url, repeat), the busiest first."""
-    counts = Counter((line["judge"], line["url"], line["repeat"]) for line in log_lines(items))
+    pages = {render_page(item) for item in items}
+    counts = Counter((line["judge"], line["url"], line["repeat"])
+                     for line in grade.read_log(items) if render_page(line) in pages)
     return [judge for judge, _ in counts.most_common()]
 
 
@@ -57,6 +62,22 @@ def mean_grade(item):
     if item["task"] == "probes":
         return -VERDICTS.index(item["grades"]["verdict"])
     return np.mean([item["grades"][metric] for metric in METRICS])
+
+
+def normalized_score(stories, by):
+    """Where a model is between random words (0 %) and true endings (100 %), with half of its 95 %
+    interval, on the prompts that all three have (delta method); None if there is no such scale."""
+    model, best, worst = (by_prompt(items, *METRICS) for items in (
+        stories, by.get(ANCHORS[0], []), by.get(ANCHORS[-1], [])))
+    prompts = [prompt for prompt in model if prompt in best and prompt in worst]
+    gains, scales = (np.array([np.mean(grades[p]) - np.mean(worst[p]) for p in prompts])
+                     for grades in (model, best))
+    scale, half = mean_interval([[x] for x in scales])
+    if not scale > half:
+        return None
+    ratio = gains.mean() / scale
+    _, half = mean_interval([[x] for x in gains - ratio * scales])
+    return 100 * ratio, 100 * half / scale
 
 
 def spearman(pairs):
@@ -83,12 +104,13 @@ def agreement_rows(items):
     for judge in judges_in(items):
         copies = [dict(item) for item in items]
         grade.attach_replies(copies, *judge)
-        graded[describe_judge(*judge)] = {render_page(item): item for item in copies
-                                          if item["grades"] and item["replies"]}
+        copies = [item for item in copies if item["grades"] and item["replies"]]
+        graded[describe_judge(*judge)] = {render_page(item): item for item in copies}
     for (a, first), (b, second) in itertools.combinations(graded.items(), 2):
         groups = {}
-        for one, two in [(first[page], second[page]) for page in first.keys() & second.keys()]:
-            groups.setdefault(one["prompt"], []).append((mean_grade(one), mean_grade(two)))
+        for page in first.keys() & second.keys():
+            pair = mean_grade(first[page]), mean_grade(second[page])
+            groups.setdefault(first[page]["prompt"], []).append(pair)
         if groups:
             rho, low, high = spearman_interval(groups.values())
             rows[f"{a} - {b}"] = {
@@ -136,8 +158,7 @@ def paper_rows(names, columns):
 
 def judge_rows(items):
     """Who graded, when, and what was sent."""
-    keys = {item["key"] for item in items}
-    replies = [line["reply"] for line in log_lines(items) if line["key"] in keys]
+    replies = [reply for item in items for reply in item["replies"]]
     dates = sorted(reply["date"][:10] for reply in replies)
     sent = Counter(", ".join(reply["sent"]) or "no parameters" for reply in replies)
     reasons = Counter(item["reason"] for item in items if not item["grades"])
@@ -147,7 +168,7 @@ def judge_rows(items):
         "judge asked for": describe_judge(*(items[0][x] for x in ("judge", "url", "repeat"))),
         "judge returned": ", ".join({str(reply["model"]) for reply in replies}),
         "dates": f"{dates[0]} to {dates[-1]}", "prompt version": items[0]["version"],
-        "calls": "; ".join(f"{n} with {names}" for names, n in sent.items()),
+        "replies": "; ".join(f"{n} with {names}" for names, n in sent.items()),
         "unscored": "; ".join(f"{n} x {why}" for why, n in reasons.most_common()) or "none",
         "checkpoints": "; ".join(sorted(runs)) or "unknown"}
     return {name: {"": fact} for name, fact in rows.items()}
@@ -204,7 +225,8 @@ def main(argv=None):
     parser.description = __doc__
     parser.set_defaults(judge="")
     args = grade.parse_args(parser, argv)
-    items = grade.gather(args)
+    log = Path(args.runs[0])
+    items = logged_stories(log, args.task) if log.name == grade.LOG else grade.gather(args)
     judges = [x for x in judges_in(items) if args.judge in ("", x[0]) and args.repeat == x[2]]
     if judges:
         grade.attach_replies(items, *judges[0])
@@ -221,6 +243,8 @@ def main(argv=None):
     else:
         for model, stories in by.items():
             rows[model]["prompts"] = len(by_prompt(stories, *METRICS))
+            if model in models and (score := normalized_score(stories, by)):
+                rows[model]["anchor-normalized"] = grade.format_interval(score, ".0f") + " %"
         paper = paper_rows(by, ["instruct"] if args.task == "instruct" else METRICS)
         order = {True: "in order", False: "NOT in order", None: "too few to order"}
         parts += [

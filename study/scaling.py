@@ -3,16 +3,14 @@
     python -m study.scaling --grid demo     # 16 small models; estimate: 12 minutes on two cores
     python -m study.scaling --grid paper    # the paper's shapes: hours on a large GPU
 
-Trains every shape of a grid with train.py in out/scaling/<grid>/, and writes report.md and fit.png
-there. Stop it at any time; run the same command to continue. Settings of train.py can be added,
-such as --dataset=excerpt. The report fits the law L(N) = E + A / N^a (arXiv 2203.15556). For
+Trains every shape of a grid with train.py in out/scaling/<grid>/, and writes report.md and three
+plots there. Stop it at any time; run the same command to continue. Settings of train.py can be
+added, such as --dataset=excerpt. The report fits the law L(N) = E + A / N^a (arXiv 2203.15556). For
 stories of our own grammar, the true limit E of the loss is known: the grammar's entropy.
 """
 
 import itertools
-import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +22,7 @@ import prepare
 import sample
 import train
 from study import consistency
-from study.dynamics import loss_axis, read_log
+from study.dynamics import finish_loss_plot, read_log
 
 GRIDS = {
     "demo": dict(config="config/demo.py", budgets=[350, 1_050], head_size=32,   # steps per run
@@ -49,31 +47,27 @@ def plan_runs(name, budgets=None, changes=()):
     return runs
 
 
+def flops_per_token(model):
+    """Training FLOPs per token: 6 per weight, plus the attention scores."""
+    c = model.config
+    return 6 * model.num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+
+
 def measure_run(settings, n):
-    """Train one run, or continue it, and measure it -> dict, also stored in its folder."""
-    row, file = {}, Path(settings.out_dir, "scaling.json")
-    wanted = {name: value for name, value in asdict(settings).items()
-              if name not in train.MAY_CHANGE}
-    if file.is_file() and not settings.overwrite:
-        row = json.loads(file.read_text(encoding="utf-8"))
-    if row.get("settings") != wanted:
-        train.train(settings, train.catch_signals)
-        torch.compiler.reset()          # it stops compiling after eight shapes
-    elif row["n"] == n:
-        return row
+    """Train one run, or continue it, and measure it -> dict."""
+    train.train(settings, train.catch_signals)
+    torch.compiler.reset()              # it stops compiling after eight shapes
     model, tokenizer, meta = sample.load_run(settings.out_dir, settings.device)
-    _, story_loss = read_log(settings.out_dir, "story_loss")[-1]
-    _, loss = read_log(settings.out_dir, "val_loss")[-1]
-    scores = {"loss": loss}
+    losses = read_log(settings.out_dir, "val_loss")
+    scores = {"loss": losses[-1][1]}
     if meta["dataset"] == "sample":
         scores |= consistency.check_model(model, tokenizer, n)
-    row = {"settings": wanted, "n": n, "scores": scores, "story_loss": story_loss,
-           "shape": [settings.n_embd, settings.n_layer],
-           "params": model.num_params(embeddings=False),
-           "tokens": settings.max_steps * settings.total_batch_size,
-           "entropy": meta.get("entropy_floor", {}).get("nats_per_token")}
-    prepare.write_text(file, json.dumps(row))
-    return row
+    flops = flops_per_token(model) * settings.total_batch_size              # per step
+    return {"shape": (settings.n_embd, settings.n_layer), "params": model.num_params(False),
+            "tokens": settings.max_steps * settings.total_batch_size, "scores": scores,
+            "story_loss": read_log(settings.out_dir, "story_loss")[-1][1],
+            "curve": [(flops * step, loss) for step, loss in losses],
+            "entropy": meta.get("entropy_floor", {}).get("nats_per_token")}
 
 
 def fit_law(N, L, E=None):
@@ -81,16 +75,15 @@ def fit_law(N, L, E=None):
     one a the law is linear in E and A: so try many a, each with a linear regression."""
     fits = []
     for a in np.linspace(0.02, 2, 199):
-        X = np.stack((np.ones(len(N)), N ** -a), axis=1) / L[:, None]       # (models, 2)
-        y = np.ones(len(N))
-        if E is not None:
-            X, y = X[:, 1:], 1 - E / L
-        solution, *_ = np.linalg.lstsq(X, y)
-        fits.append((((X @ solution - y) ** 2).sum(), a, *solution))
-    _, a, *solution = min(fits)
-    if E is None and solution[0] < 0:
-        return fit_law(N, L, E=0)                       # no loss is negative
-    return np.array([solution[0] if E is None else E, a, solution[-1]])
+        x = N ** -a / L                                 # divided by L, the law is 1 = E / L + A x
+        if E is None:
+            (A, limit), *_ = np.linalg.lstsq(np.stack((x, 1 / L), axis=1), np.ones(len(N)))
+        else:
+            A, limit = x @ (1 - E / L) / (x @ x), E
+        error = ((limit / L + A * x - 1) ** 2).sum()
+        fits.append((error, limit, a, A))
+    law = min(fits)[1:]
+    return fit_law(N, L, E=0) if law[0] < 0 else np.array(law)      # no loss is negative
 
 
 def standard_errors(N, L, E=None):
@@ -100,21 +93,27 @@ def standard_errors(N, L, E=None):
 
 
 def fit_budgets(rows):
-    """Fit each budget -> list of (name, N in 100,000 parameters, L, law, its errors)."""
-    fits, entropy = [], rows[0]["entropy"]
+    """Fit the runs of each number of tokens, with E free and, if it is known, with the true E
+    -> the table of all laws; for E free, list of (tokens, N in 100,000s, L, law, errors)."""
+    laws, fits, entropy = {}, [], rows[0]["entropy"]
     for tokens in sorted({row["tokens"] for row in rows}):
-        N, L = np.array([(row["params"] / 1e5, row["story_loss"]) for row in rows
-                         if row["tokens"] == tokens], dtype=float).T
+        same = [row for row in rows if row["tokens"] == tokens]
+        N = np.array([row["params"] / 1e5 for row in same])
+        L = np.array([row["story_loss"] for row in same])
         for E in (None, entropy) if entropy else (None,):
-            name = f"{tokens / 1e6:.3g} M tokens, E {'free' if E is None else '= entropy'}"
-            fits.append((name, N, L, fit_law(N, L, E), standard_errors(N, L, E)))
-    return fits
+            law, errors = fit_law(N, L, E), standard_errors(N, L, E)
+            name = f"{tokens / 1e6:.3g} M tokens, E {'= entropy' if E else 'free'}"
+            laws[name] = {letter: f"{value:.3f} ± {2 * error:.3f}"
+                          for letter, value, error in zip("EaA", law, errors)}
+            if E is None:
+                fits.append((tokens, N, L, law, errors))
+    return laws, fits
 
 
 def write_report(folder, rows, n):
     """Write report.md and the plots -> the table of the report."""
-    fits, tokens, cells = fit_budgets(rows), max(row["tokens"] for row in rows), {}
-    final, entropy = [row for row in rows if row["tokens"] == tokens], rows[0]["entropy"]
+    most, entropy, cells = max(row["tokens"] for row in rows), rows[0]["entropy"], {}
+    final = [row for row in rows if row["tokens"] == most]
     for row in final:
         width, layers = row["shape"]
         cells[f"{width} x {layers}"] = cell = {"parameters": f"{row['params']:,}"}
@@ -126,10 +125,9 @@ def write_report(folder, rows, n):
             cell["undertraining"] = f"{1 - min(gaps) / max(gaps):.0%}"
         for name, value in row["scores"].items():
             cell[name] = f"{value:.3g}"
-    table = sample.format_table(cells)
-    laws = {name: {letter: f"{value:.3f} ± {2 * error:.3f}"
-                   for letter, value, error in zip("EaA", law, errors)}
-            for name, _, _, law, errors in fits}
+    (laws, fits), table = fit_budgets(rows), sample.format_table(cells)
+    plot_maps(folder / "maps.png", final)
+    plot_frontiers(folder / "frontiers.png", final)
     plot_fit(folder / "fit.png", fits, entropy)
     prepare.write_text(folder / "report.md", f"""# How does the loss fall with size?
 
@@ -137,36 +135,68 @@ def write_report(folder, rows, n):
 
 Width x layers; parameters without embeddings. Nats per token of whole stories after so many tokens,
 and of windows (loss). Undertraining: the part of the distance to the true limit that the largest
-budget removed. Checks: % of {n} endings that are right (study/consistency.py).
+number of tokens removed. Checks: % of {n} endings that pass (study/consistency.py).
 
 ## The scaling law L(N) = E + A / N^a, with N in 100,000 parameters
 
 {sample.format_table(laws)}
 
-±: two standard errors (jackknife over the models, one seed each). For our own grammar, E is also
-fixed to the true limit, the entropy.
+±: two standard errors (jackknife over the models, one seed each).
 
-![fit](fit.png)
+![fit](fit.png) ![maps](maps.png) ![frontiers](frontiers.png)
 """)
     return table
+
+
+def plot_maps(path, rows):
+    """A heat map of each score, layers against width."""
+    widths, layers = (sorted({*values}) for values in zip(*(row["shape"] for row in rows)))
+    names = list(rows[0]["scores"])                                 # the loss, perhaps five checks
+    down, across = (2, 3) if len(names) > 1 else (1, 1)
+    figure = Figure(figsize=(3 + 2.7 * across, 1 + 3 * down), layout="constrained")
+    best = min(rows, key=lambda row: row["scores"]["loss"])["shape"]
+    figure.suptitle("The lowest loss has {} x {} (width x layers)".format(*best))
+    for ax, name in zip(figure.subplots(down, across, squeeze=False).flat, names):
+        values = np.reshape([row["scores"][name] for row in rows], (len(widths), len(layers))).T
+        for (y, x), value in np.ndenumerate(values):
+            ax.text(x, y, f"{value:.3g}", ha="center", va="center")
+        limits = dict(cmap="Blues_r") if name == "loss" else dict(cmap="Blues", vmin=0, vmax=100)
+        ax.imshow(values, aspect="auto", origin="lower", alpha=0.6, **limits)   # dark: better
+        ax.set(title="loss, nats per token" if name == "loss" else f"{name}, % right",
+               xlabel="width", xticks=range(len(widths)), xticklabels=widths,
+               ylabel="layers", yticks=range(len(layers)), yticklabels=layers)
+    prepare.save_figure(path, figure)
+
+
+def plot_frontiers(path, rows):
+    """The loss against the compute of training; in gray, the lowest so far."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    ax, layers = figure.subplots(), sorted({row["shape"][1] for row in rows})
+    for row in rows:
+        width, depth = row["shape"]
+        label = f"layers: {depth}" if width == rows[0]["shape"][0] else None
+        ax.plot(*zip(*row["curve"]), ".-", color=f"C{layers.index(depth)}", label=label)
+        ax.annotate(width, row["curve"][-1], (3, 4), fontsize=8, textcoords="offset points")
+    flops, losses = zip(*sorted(point for row in rows for point in row["curve"]))
+    lowest = np.minimum.accumulate(losses)
+    ax.step(flops, lowest, "k-", where="post", alpha=0.3, lw=4, label="lowest so far")
+    ax.set(xlabel="compute of training (FLOPs)", xscale="log")
+    finish_loss_plot(ax, "The best shape depends on the compute (numbers: widths)")
+    prepare.save_figure(path, figure)
 
 
 def plot_fit(path, fits, entropy):
     """The losses of all models, and the fitted laws with E free."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     ax = figure.subplots()
-    for i, (name, N, L, (E, a, A), errors) in enumerate(fit for fit in fits if "free" in fit[0]):
+    for i, (tokens, N, L, (E, a, A), errors) in enumerate(fits):
         x = np.geomspace(N.min(), 30 * N.max())
-        ax.plot(1e5 * N, L, f"C{i}o", label=f"models, {name.partition(',')[0]}")
-        label = f"law: E = {E:.2f} ± {2 * errors[0]:.2f}"
-        ax.plot(1e5 * x, E + A / x ** a, f"C{i}-", label=label)
-    title = f"The fitted limit of the loss: {E:.2f} ± {2 * errors[0]:.2f}"
-    if entropy:
-        ax.axhline(entropy, color="k", ls=":", label=f"entropy of the grammar: {entropy:.2f}")
-        title += f", the true limit: {entropy:.2f}"
-    loss_axis(ax)
-    ax.set(title=title, xscale="log", xlabel="parameters without embeddings")
-    ax.legend()
+        limit = f"{E:.2f} ± {2 * errors[0]:.2f}"
+        ax.plot(1e5 * N, L, f"C{i}o", label=f"models, {tokens / 1e6:.3g} M tokens")
+        ax.plot(1e5 * x, E + A / x ** a, f"C{i}-", label=f"law: E = {limit}")
+    ax.set(xlabel="parameters without embeddings", xscale="log")
+    truth = f", the true limit: {entropy:.2f}" if entropy else ""
+    finish_loss_plot(ax, f"The fitted limit of the loss: {limit}{truth}", entropy)
     prepare.save_figure(path, figure)
 
 

@@ -7,6 +7,7 @@ four grades for each. Ctrl-C shows the result; the same command continues, and b
 ten pages. Grades go to the log of all judges, so that study/report.py can compare you with them.
 """
 
+import itertools
 import json
 import random
 import sys
@@ -30,25 +31,11 @@ def order_pages(items, rng):
     """All pages, ten by ten: models and anchors take turns, those ten are shuffled."""
     groups = [rng.sample(group, len(group)) for name, group in grade.items_by_model(items).items()
               if name != ANCHORS[2]]                    # random words are too easy
-    pages, prompts = [], []
-    while any(groups):
-        for group in filter(None, groups):              # next: the prompt that was used least
-            group.sort(key=lambda item: prompts.count(item["prompt"]), reverse=True)
-            pages.append(group.pop())
-            prompts.append(pages[-1]["prompt"])
-    tens = [pages[i:i + 10] for i in range(0, len(pages), 10)]
-    return [page for ten in tens for page in rng.sample(ten, len(ten))]
-
-
-def parse_line(line):
-    """"7 6 8 7" -> {metric: "7", ...}. ValueError: what is wrong with it."""
-    words = line.replace(",", " ").split()
-    if len(words) != len(METRICS):
-        raise ValueError(f"{len(METRICS)} numbers are needed, not {len(words)}.")
-    for word in words:
-        if read_grade(METRICS[0], word) is None:
-            raise ValueError(f"{word!r} is not a grade.")
-    return dict(zip(METRICS, words))
+    turns = itertools.zip_longest(*groups)
+    pages, shuffled = [page for turn in turns for page in turn if page], []
+    for i in range(0, len(pages), 10):
+        shuffled += rng.sample(pages[i:i + 10], len(pages[i:i + 10]))
+    return shuffled
 
 
 class Human:
@@ -58,10 +45,14 @@ class Human:
         for line in messages[2]["content"].split("\n")[1:-1] if turn else ():
             print(textwrap.fill(prepare.printable(line), 80))
         while not text:
-            try:
-                text = json.dumps({**parse_line(input("\n> ")), "age": "-"})
-            except ValueError as error:
-                print(f"{error} {EXAMPLE}")
+            words = input("\n> ").replace(",", " ").split()
+            wrong = [repr(word) for word in words if read_grade(METRICS[0], word) is None]
+            if wrong:
+                print(f"{wrong[0]} is not a grade. {EXAMPLE}")
+            elif len(words) != len(METRICS):
+                print(f"{len(METRICS)} numbers are needed, not {len(words)}. {EXAMPLE}")
+            else:
+                text = json.dumps({**dict(zip(METRICS, words)), "age": "-"})
         return {"text": text, "finish": "stop", "tokens": [0, 0], "model": "me",
                 "sent": [], "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 

@@ -25,7 +25,7 @@ import prepare
 import sample
 import test_model
 import train
-from data.grammar import GRAMMAR, Story, read_grammar
+from data.grammar import Story, read_grammar
 from model import GPT, GPTConfig
 from study import (
     bench,
@@ -40,8 +40,6 @@ from study import (
     scaling,
     teacher,
 )
-from study.consistency import attention_weights
-from study.facts import held_out_stories
 
 # ---------------------------------------------------------------------------------- our own grammar
 
@@ -84,6 +82,19 @@ def model(tokenizer):
 
 
 # ------------------------------------------------------------------------------- checks of endings
+
+def test_charges_are_where_the_options_differ(stories, tokenizer, tmp_path):
+    rules = "girl (boy=girl) = Ann | Zoe\nboy (boy=boy) = Al | Bo\nhero = {girl} | {boy}"
+    scene = "A {hero.boy} named {hero}. The {end|tip}."
+    prepare.write_text(tmp_path / "g.txt", f"{rules}\nplot one\nwords a\nsummary s\n\n{scene}\n")
+    story = Story(*read_grammar(tmp_path / "g.txt"), random.Random(0))
+    name, end = story.text.index(story.bindings["hero"][""]), story.text.index("The") + 4
+    assert [(where, round(math.exp(nats))) for where, nats in facts.charges(story)] == [
+        (2, 2), (name, 2), (end, 2)]
+    for story in stories[:5]:
+        nats = explore.describe_story(story, tokenizer)["nats"]
+        assert sum(nats) == pytest.approx(story.nats) and min(nats) >= 0
+
 
 def test_true_endings_pass_all_checks(stories):
     endings = [facts.split_story(story)[1] for story in stories]
@@ -172,7 +183,7 @@ def test_the_scaling_law_is_recovered_from_exact_losses():
     assert scaling.standard_errors(N, L) == pytest.approx([0, 0, 0], abs=1e-6)
 
 
-def test_a_grid_is_trained_once_and_reported(grammar_data, tmp_path, monkeypatch, capsys):
+def test_a_grid_is_trained_once_and_reported(grammar_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(scaling.GRIDS, "demo", dict(
         config=str(prepare.HERE / "config" / "demo.py"), budgets=[1, 2], head_size=16,
@@ -182,29 +193,22 @@ def test_a_grid_is_trained_once_and_reported(grammar_data, tmp_path, monkeypatch
     scaling.main(command)
     folder = tmp_path / "out" / "scaling" / "demo"
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("ckpt.pt")}
-    capsys.readouterr()
     scaling.main(command)
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("ckpt.pt")}
-    assert len(before) == 4 and "max_steps" not in capsys.readouterr().out
+    assert len(before) == 4
     report = (folder / "report.md").read_text()
     assert report.count(" ± ") == 12 and "| 32 x 1 " in report and "0.260" in report
-    assert (folder / "fit.png").exists()
+    assert {path.name for path in folder.glob("*.png")} == {"fit.png", "maps.png", "frontiers.png"}
     with train.lock_run(folder / "w16_l1_s1"), pytest.raises(SystemExit, match="Another command"):
         scaling.main(command)
 
 
-@pytest.fixture(scope="module")
-def finished_run(grammar_data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    train.train(train.load_settings([
-        f"--dataset={grammar_data}", f"--out_dir={folder}", *TINY, "--n_layer=1", "--n_head=2",
-        "--n_embd=16", "--max_steps=2", "--save_interval=1", "--keep_checkpoints=True"]))
-    return folder
-
-
 @pytest.fixture
-def kept_run(finished_run, tmp_path):
-    return Path(shutil.copytree(finished_run, tmp_path / "run"))
+def kept_run(grammar_data, tmp_path):
+    train.train(train.load_settings([
+        f"--dataset={grammar_data}", f"--out_dir={tmp_path}", *TINY, "--n_layer=1", "--n_head=2",
+        "--n_embd=16", "--max_steps=2", "--save_interval=1", "--keep_checkpoints=True"]))
+    return tmp_path
 
 
 def test_dynamics_reports_each_checkpoint_of_a_log_with_other_columns(kept_run, monkeypatch):
@@ -218,13 +222,10 @@ def test_dynamics_reports_each_checkpoint_of_a_log_with_other_columns(kept_run, 
     assert "validation" in report and (kept_run / "dynamics.png").exists()
 
 
-def test_dynamics_refuses_a_log_that_is_not_utf8_in_one_sentence(kept_run):
+def test_dynamics_says_what_is_wrong_with_a_run(kept_run):
     (kept_run / "log.csv").write_bytes(b"step\xff")
     with pytest.raises(SystemExit, match="log.csv cannot be read"):
         dynamics.main([str(kept_run)])
-
-
-def test_dynamics_says_how_to_keep_checkpoints(kept_run):
     for path in kept_run.glob("ckpt_*.pt"):
         path.unlink()
     with pytest.raises(SystemExit, match="--keep_checkpoints=True"):
@@ -339,7 +340,7 @@ def test_page_has_the_same_probabilities_and_attention(page):
     browser.read(ids)
     probs, idx = torch.tensor(browser.evaluate("[...softmax(second.logits)]")), torch.tensor([ids])
     torch.testing.assert_close(probs, model(idx)[0][0, -1].softmax(0), atol=1e-3, rtol=0)
-    for layer, weights in enumerate(attention_weights(model, idx)):
+    for layer, weights in enumerate(consistency.attention_weights(model, idx)):
         for head in range(2):
             row = browser.evaluate(f"[...second.attention({layer}, {head}, {len(ids) - 1})]")
             torch.testing.assert_close(torch.tensor(row), weights[head, -1], atol=1e-3, rtol=0)
@@ -369,14 +370,9 @@ def test_text_is_never_read_as_html(page):
 
 
 def test_page_notices_a_model_that_it_does_not_know(browser, tmp_path):
-    open_page(browser, tmp_path, change={"act": "gelu"})
+    open_page(browser, tmp_path, dataset="sample", block_size=700, change={"act": "gelu"})
+    assert browser.evaluate("page.stories.length") == explore.STORIES
     assert "another model" in browser.evaluate("$('check').textContent")
-
-
-def test_grammar_nats_in_the_page_sum_to_those_of_the_story(browser, tmp_path):
-    open_page(browser, tmp_path, dataset="sample", block_size=700)
-    sums = browser.evaluate("page.stories.map(({nats}) => nats.reduce((a, b) => a + b))")
-    assert sums == pytest.approx([story.nats for story in held_out_stories(len(sums))])
 
 
 def test_a_page_that_would_be_too_large_is_refused(tmp_path, monkeypatch):
@@ -388,21 +384,12 @@ def test_a_page_that_would_be_too_large_is_refused(tmp_path, monkeypatch):
 
 # -------------------------------------------------------------------- exchange, memorization, speed
 
-def assert_close(a, b):
-    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-
-
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A small data set, prepared as a user would."""
-    folder, (rules, plots) = tmp_path_factory.mktemp("repository"), read_grammar(GRAMMAR)
-    stories = [Story(rules, plots, random.Random(f"test-{i}")).text for i in range(200)]
-    prepare.write_text(folder / "all.txt", f"\n{prepare.EOT}\n".join(stories))
-    (folder / "data").mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "HERE", folder)
-        prepare.main(["mine", f"--input={folder}/all.txt", "--tokenizer=bpe", "--vocab_size=300"])
-    return folder / "data" / "mine"
+def data(grammar_data, tmp_path_factory):
+    """The same data set under another name: not of our own grammar."""
+    folder = shutil.copytree(grammar_data, tmp_path_factory.mktemp("data") / "mine")
+    prepare.write_meta(folder, prepare.read_meta(folder) | {"dataset": "mine"})
+    return folder
 
 
 def write_untrained_run(folder, data, **config):
@@ -452,14 +439,14 @@ def neo_logits(w, ids):
 def test_an_exported_model_is_a_gpt_neo(neo):
     weights, ids = torch.load("neo/pytorch_model.bin"), torch.randint(257, (48,))
     for T in (1, 8, 9, 48):
-        assert_close(neo(ids[None, :T])[0][0], neo_logits(weights, ids[:T]))
+        assert torch.allclose(neo(ids[None, :T])[0][0], neo_logits(weights, ids[:T]), atol=1e-3)
 
 
 def test_an_imported_model_is_the_same(neo):
     hf.main(["neo"])
     model, tokenizer, _ = sample.load_run("out/neo", "cpu", torch.float32)
     ids = torch.randint(neo.config.vocab_size, (2, 48))
-    assert_close(model(ids)[0], neo(ids)[0])
+    assert torch.allclose(model(ids)[0], neo(ids)[0], atol=1e-3)
     assert tokenizer.decode(tokenizer.encode_ordinary("Tom é 12")) == "Tom é 12"
     assert not model.token_embedding.weight[neo.config.vocab_size:].any()       # padding
 
@@ -468,23 +455,21 @@ def test_transformers_reads_and_writes_it(neo):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained("neo").eval()
     ids = torch.randint(neo.config.vocab_size, (2, 48))
-    assert_close(theirs(ids).logits, neo(ids)[0])
+    assert torch.allclose(theirs(ids).logits, neo(ids)[0], atol=1e-3)
     theirs.save_pretrained("neo")                       # now with model.safetensors
     Path("neo/pytorch_model.bin").unlink()
-    assert_close(hf.import_model(Path("neo")).eval()(ids)[0], neo(ids)[0])
+    assert torch.allclose(hf.import_model(Path("neo")).eval()(ids)[0], neo(ids)[0], atol=1e-3)
 
 
 @pytest.mark.parametrize("change, message", [
     ({"activation_function": "relu"}, "activation_function is relu"), ({"model_type": 3}, "neo"),
     ({"attention_types": [[["local", "global"], 1], [["local"], 1]]}, "attention_types"),
-    ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon"), ({"tie_word_embeddings": False}, "tie"),
-    ({"intermediate_size": 64}, "intermediate_size"), ({"vocab_size": 64}, "does not fit"),
-    ({"num_layers": 4}, "attention_types"), ({"num_heads": 5}, "n_embd"),
-    ({"attention_types": "global"}, "attention_types is 'global'"),
-    ({"attention_types": [[["global"], "3"]]}, "attention_types is"),
-    ({"attention_types": [[["global"], 10 ** 30]]}, "attention_types is"),
-    ({"num_layers": "3"}, "'n_layer': '3'"), ({"hidden_size": 10 ** 9}, "'n_embd': 1000000000"),
-    ({"window_size": None}, "'window': None"), ([1], "model_type"), ("[" * 10 ** 5, "recursion")])
+    ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon"), ({"vocab_size": 64}, "vocab_size is 64"),
+    ({"num_layers": "3"}, "num_layers is 3"), ({"hidden_size": 10 ** 9}, "hidden_size is 1000"),
+    ({"num_heads": 5}, "n_embd=32"), ({"attention_types": "global"}, "not enough values"),
+    ({"attention_types": [[["global"], "3"]]}, "not supported"), ({"window_size": None}, "window"),
+    ({"attention_types": [[["global"], 10 ** 30]]}, "attention_types"), ([1], "list indices"),
+    ("[" * 10 ** 5, "recursion")])
 def test_what_cannot_be_imported_is_refused_by_name(neo, change, message):
     config = json.loads(Path("neo/config.json").read_text())
     change = json.dumps(config | change) if isinstance(change, dict) else str(change)
@@ -546,14 +531,16 @@ def test_a_model_that_knows_its_stories_by_heart_is_caught(data, tmp_path, monke
     assert {"memorization.md", "memorization.png"} <= {f.name for f in (tmp_path / "run").iterdir()}
 
 
-def test_bench_measures_training_and_sampling(monkeypatch, capsys):
+def test_bench_ends_with_its_ratios(monkeypatch, capsys):
     monkeypatch.setattr(bench, "SHAPE", GPTConfig(100, 16, 2, 2, 32))
     monkeypatch.setattr(bench, "NEW_TOKENS", 3)
     monkeypatch.setattr(bench, "WORK", {"cpu": (64, 512)})
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)   # no transformers
-    bench.main(["--rounds", "1"])
+    bench.main(["--rounds", "1", "--llama2c", shutil.which("true")])
     ratios = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert ratios["training, T = 256: of the matrix rate"] and len(ratios) == 2
+    assert min(ratios.values()) > 0 and {
+        "training, T = 256: ours / matrix product", "loss: ours / all logits",
+        "sampling, rows: 1: ours / llama2.c"} <= set(ratios)
 
 
 def test_the_notebook_runs_from_top_to_bottom_twice(data, tmp_path, monkeypatch):
@@ -616,6 +603,16 @@ def test_spearman_is_the_correlation_of_mean_ranks():
         np.corrcoef([1.5, 1.5, 3, 4], [2, 1, 3.5, 3.5])[0, 1])
 
 
+def test_normalized_score_is_the_way_from_random_words_to_true_endings():
+    def graded(values):
+        return [{"prompt": str(i), "grades": dict.fromkeys(grade.METRICS, value)}
+                for i, value in enumerate(values)]
+    by = {name: graded([best - i % 2 for i in range(9)])
+          for name, best in zip(grade.ANCHORS, (9, 6, 1))}
+    assert report.normalized_score(graded([5, 4, 5, 4]), by) == pytest.approx((50, 0))
+    assert report.normalized_score(graded([5, 4, 5, 4]), {**by, grade.ANCHORS[0]: []}) is None
+
+
 def test_the_interval_of_the_rank_correlation_covers_the_true_value():
     rng, hits = np.random.default_rng(0), 0
     for _ in range(150):                                        # correlation 0.5: Spearman's 0.483
@@ -636,6 +633,9 @@ def test_unscored_stories_come_first_and_repeated_rows_count_once(server):
     stories = [("m", "A", "good"), ("m", "B", "bad"), ("m", "C", "odd"), ("m", "A", "good")]
     page = report_page(server, stories, "--no-anchors", grades=lambda page: {
         **GRADES, "plot": "1 or 2" if "odd" in page else 1 if "bad" in page else 9})
+    assert re.findall(r"<b>(\w*)</b> m", page) == ["unscored", "best", "worst"]
+    report.main(["grades.jsonl"])                       # the stories of a log
+    page = Path("report_grades_kind_story.html").read_text()
     assert re.findall(r"<b>(\w*)</b> m", page) == ["unscored", "best", "worst"]
 
 
