@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import prepare
 import sample
+from data import common
 from data.client import Client, add_server_options, append_line, ask_all, confirm_cost, read_lines
 from data.grammar import FIELDS, format_instructions, split_sentences
 
@@ -189,7 +190,7 @@ def complete(path, args):
     synthetic = prepare.read_meta(file.parent).get("dataset") in prepare.SAMPLES
     rows = read_prompts(args.task, args.prompts, synthetic)
     files = [file, prepare.HERE / "model.py", prepare.HERE / "sample.py"]
-    hashes = [prepare.file_sha256(each)[:16] for each in files]
+    hashes = [common.file_sha256(each)[:16] for each in files]
     settings = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
     stored = {line.get("key"): line for line in read_lines(folder / "completions.jsonl")}
     for i in tqdm(range(args.n), "completions", leave=False):       # a batch for each seed
@@ -372,7 +373,7 @@ def summary_rows(items):
 # ------------------------------------------------------------------- command line
 
 def build_parser():
-    parser = prepare.command_parser(__doc__)
+    parser = common.command_parser(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", help="folders of runs, checkpoint files, .jsonl files of stories")
     add("--task", default="story", choices=TASKS)
@@ -403,7 +404,7 @@ def main(argv=None):
         raise SystemExit(f"Be the judge: python -m study.teacher {shlex.join(args.runs)}")
     if args.judge == "none":
         args.anchors = False
-        print(sample.format_table(summary_rows(gather(args))))
+        print(common.format_table(summary_rows(gather(args))))
         return 0
     client = Client(args, args.judge, grade_schema(args.task))  # checks the key first
     items = gather(args)
@@ -415,7 +416,7 @@ def main(argv=None):
         ask_all(client, lambda item: judge_story(client, item), order, "graded")
         attach_replies(items, args.judge, client.url, args.repeat)
         print(f"Spent: {client.spent_text()}")
-    print("\n" + sample.format_table(summary_rows(items)))
+    print("\n" + common.format_table(summary_rows(items)))
     if args.task != "probes":
         order = {True: "yes", False: "NO", None: "too few"}[anchors_in_order(items_by_model(items))]
         print(f"Mean grade ± half of its 95 % interval over {len(by_prompt(items, *METRICS))} "

@@ -311,11 +311,6 @@ class GPT(nn.Module):
         return sum(p.numel() for name, p in self.named_parameters()
                    if embeddings or "embedding" not in name)
 
-    def flops_per_token(self):
-        """Training FLOPs per token: 6 per weight, plus the attention scores."""
-        c = self.config
-        return 6 * self.num_params() + 12 * c.n_layer * c.n_embd * c.block_size
-
     @torch.inference_mode()
     def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=None,
                seed=0):
@@ -344,7 +339,7 @@ class GPT(nn.Module):
                 rows = rows[active[rows]]
             if cache.length + n_new > self.config.block_size:       # full: re-read the newer half
                 cache.length, n_new = 0, min(t, max(1, self.config.block_size // 2))
-            # On a CPU, oneDNN plans each product: for a single token, that costs more than it saves.
+            # oneDNN plans each product on a CPU; for a single token, that costs too much.
             torch.backends.mkldnn.enabled = len(rows) * n_new > 1
             logits, _ = self(tokens[rows, t - n_new:t].to(device), cache=cache)
             torch.backends.mkldnn.enabled = True

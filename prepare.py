@@ -17,26 +17,23 @@ import argparse
 import base64
 import errno
 import hashlib
-import io
 import json
 import math
 import os
 import random
-import re
 import shlex
 import shutil
 import sys
 import zlib
 from collections import Counter
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
 
+from data import common
 from data.bpe import encode_stories, gpt2_ranks, learn_bpe, make_encoding, prune_gpt2
-from data.download import download, file_bytes, file_sha256, hub_url, progress
 from data.grammar import FIELDS, GRAMMAR, Story, read_grammar
 from data.text import CHUNK_BYTES, EOT, HINT, read_stories
 
@@ -68,69 +65,6 @@ SAMPLES = ("sample", "sample-instruct")         # generated from data/grammar.tx
 SAMPLE_STORIES = {"val": 1_000, "train": 30_000}
 
 
-# ------------------------------------------------------------------------------ files and console
-
-@contextmanager
-def atomic_write(path):
-    """Write a whole file or nothing: the old file stays until the new one is complete."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def write_text(path, text):
-    with atomic_write(path) as file:
-        file.write(text.encode())
-
-
-def save_figure(path, figure):
-    with atomic_write(path) as file:
-        figure.savefig(file, dpi=120)
-
-
-class Console(io.TextIOWrapper):
-    """Standard output that ends the program when it cannot be written (full disk, `| head`)."""
-
-    def write(self, text):
-        try:
-            super().write(text)
-            self.flush()                # now: at exit, Python would print a traceback
-        except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())    # takes what is left
-            closed = isinstance(error, BrokenPipeError)
-            raise SystemExit(1 if closed else f"Cannot write the output: {error.strerror}")
-        return len(text)
-
-
-def setup_console(end_on_error=True):
-    """Print ? for characters that the console cannot show. end_on_error: see Console."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-    if end_on_error and sys.stdout and sys.stdout is sys.__stdout__:    # not in tests or notebooks
-        sys.stdout = Console(sys.stdout.buffer, sys.stdout.encoding, "replace")
-
-
-def command_parser(doc):
-    """The argument parser of a script, with the script's docstring as its help."""
-    setup_console()
-    return argparse.ArgumentParser(description=doc,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-
-
-def printable(text):
-    """Make text from outside safe for a terminal: escape its control characters."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]",
-                  lambda match: ascii(match[0])[1:-1], text)
-
-
 # --------------------------------------------------------------------------------- text to stories
 
 def json_hash(value):
@@ -153,7 +87,8 @@ def write_synthetic_stories(folder, grammar, instruct):
     nats, number = Counter(), 0
     for split, n in SAMPLE_STORIES.items():
         path = folder / f"{split}.txt"
-        with open(path, "w", encoding="utf-8", newline="\n") as file, progress(split, n, "") as bar:
+        bar = common.progress(split, n, unit="")
+        with bar, open(path, "w", encoding="utf-8", newline="\n") as file:
             for _ in range(n):
                 story = Story(rules, plots, random.Random(f"0-{number}"))
                 file.write((story.record() if instruct else story.text) + f"\n{EOT}\n")
@@ -204,10 +139,10 @@ def choose_splits(files, separator):
 def write_meta(folder, meta):
     """Write meta.json, with checksums of the files next to it and of its own entries."""
     paths = [Path(folder) / name for name in FILES if (Path(folder) / name).exists()]
-    meta = {**meta, "crc32": {path.name: zlib.crc32(file_bytes(path)) for path in paths}}
+    meta = {**meta, "crc32": {path.name: zlib.crc32(common.file_bytes(path)) for path in paths}}
     meta.pop("checksum", None)
     meta["checksum"] = json_hash(meta)
-    write_text(Path(folder) / "meta.json", json.dumps(meta, indent=1))
+    common.write_text(Path(folder) / "meta.json", json.dumps(meta, indent=1))
 
 
 def read_meta(folder, *files):
@@ -220,11 +155,11 @@ def read_meta(folder, *files):
             raise ValueError("its checksum is wrong")
         for name in files:
             path = path.with_name(name)
-            if zlib.crc32(file_bytes(path)) != meta["crc32"].get(name):
+            if zlib.crc32(common.file_bytes(path)) != meta["crc32"].get(name):
                 raise ValueError("its checksum is wrong")
         return meta
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise SystemExit(printable(
+        raise SystemExit(common.printable(
             f"{path} is missing, damaged or from an older version ({error}). Make the data set "
             f"again: {command} --force. A run's folder has copies of its data."))
 
@@ -235,7 +170,7 @@ def verify_dataset(folder):
 
 
 def save_tokenizer(folder, ranks):
-    with atomic_write(folder / "tokenizer.tiktoken") as file:
+    with common.atomic_write(folder / "tokenizer.tiktoken") as file:
         for token, rank in ranks.items():
             file.write(base64.b64encode(token) + b" %d\n" % rank)
 
@@ -270,7 +205,7 @@ def prepare_dataset(args, folder):
     grammar = GRAMMAR if args.name in SAMPLES else args.grammar
     files = [("val", path) for path in args.val] + [("train", path) for path in args.input]
     text_hash = grammar_hash(grammar) if grammar else json_hash(
-        [SOURCES.get(args.name), *(file_sha256(path) for _, path in files)])
+        [SOURCES.get(args.name), *(common.file_sha256(path) for _, path in files)])
     if (folder / "meta.json").exists() and not args.force:
         meta = verify_dataset(folder)
         if (meta["command"], meta["text_hash"]) != (args.command, text_hash):
@@ -291,7 +226,8 @@ def prepare_dataset(args, folder):
             source = f"https://huggingface.co/datasets/{repo}/tree/{revision}"
             files = [(split, folder / name) for split, name in names.items()]
             for _, path in files:
-                download(hub_url(repo, revision, path.name), path, SHA256.get(path.name))
+                url = common.hub_url(repo, revision, path.name)
+                common.download(url, path, SHA256.get(path.name))
         targets, counts = choose_splits(files, args.separator)
         sample = read_all([file for file in files if file[0] == "train"], args.separator)
         sample = islice(sample, BPE_SAMPLE_BYTES // CHUNK_BYTES)
@@ -373,5 +309,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    setup_console()
+    common.setup_console()
     main()

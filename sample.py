@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import prepare
+from data import common
 from data.grammar import FIELDS, format_instructions
 from model import best_dtype, find_device, load_model, tune_malloc
 
@@ -99,28 +100,10 @@ def generate_texts(model, tokenizer, prompts, max_new_tokens=400, temperature=0.
 
 
 def print_stream(model, tokenizer, prompt, **sampling):
-    print(prepare.printable(prompt.rstrip(" ")), end="", flush=True)
+    print(common.printable(prompt.rstrip(" ")), end="", flush=True)
     for piece in stream_text(model, tokenizer, prompt, **sampling):
-        print(prepare.printable(piece), end="", flush=True)
+        print(common.printable(piece), end="", flush=True)
     print()
-
-
-def table_rows(rows):
-    """{row name: {column: cell}} -> rows of cells, the heading first; "-" if a cell is missing."""
-    columns = dict.fromkeys(column for row in rows.values() for column in row)
-    return [["", *columns]] + [[name, *(row.get(column, "-") for column in columns)]
-                               for name, row in rows.items()]
-
-
-def format_table(rows):
-    """Rows of cells, the heading first, or {row name: {column: cell}} -> a table in Markdown."""
-    rows = table_rows(rows) if isinstance(rows, dict) else rows
-    rows = [["<br>".join(str(cell).strip().splitlines()).replace("|", "\\|") for cell in row]
-            for row in rows]
-    rows = [[prepare.printable(cell) for cell in row] for row in rows]
-    widths = [min(50, max(3, *map(len, column))) for column in zip(*rows)]     # longer: unpadded
-    rows.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -154,7 +137,7 @@ def parse_args(parser, argv=None):
 
 
 def main(argv=None):
-    parser = prepare.command_parser(__doc__)
+    parser = common.command_parser(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", help="folders of runs, or checkpoint files")
     add("--prompt", action="append", help="how the story begins; may be repeated; -: type it")
@@ -189,7 +172,7 @@ def main(argv=None):
     model, tokenizer, _ = runs[0]
     if len(runs) > 1:
         columns = [generate_texts(*run[:2], rows, **sampling) for run in runs]
-        print(format_table([["prompt", *args.runs], *zip(rows, *columns)]))
+        print(common.format_table([["prompt", *args.runs], *zip(rows, *columns)]))
     elif prompts == ["-"]:
         print("Begin a story, and the model continues it. An empty line ends.", file=sys.stderr)
         for line in sys.stdin or []:
@@ -201,7 +184,7 @@ def main(argv=None):
         print_stream(model, tokenizer, prompts[0], **sampling)
     else:
         for prompt, story in zip(rows, generate_texts(model, tokenizer, rows, **sampling)):
-            print(prepare.printable(prompt.rstrip(" ") + story) + "\n" + "-" * 40)
+            print(common.printable(prompt.rstrip(" ") + story) + "\n" + "-" * 40)
 
 
 if __name__ == "__main__":

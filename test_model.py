@@ -29,6 +29,7 @@ import model as model_module
 import prepare
 import sample
 import train
+from data import common
 from data.client import PRICES
 from data.grammar import GRAMMAR, Story, read_grammar
 from model import GPT, GPTConfig, NonFiniteLogits, attention, load_model, read_checkpoint
@@ -275,7 +276,7 @@ def data(tmp_path_factory):
     rules, plots = read_grammar(GRAMMAR)
     stories = [Story(rules, plots, random.Random(f"0-{i}")).text for i in range(300)]
     text = "".join(f"{story}\n{prepare.EOT}\n" for story in stories)
-    prepare.write_text(folder / "stories.txt", text)
+    common.write_text(folder / "stories.txt", text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "HERE", folder)
         prepare.main(["small", "--input", str(folder / "stories.txt"), "--tokenizer", "bpe",
@@ -685,10 +686,10 @@ def test_completions_are_cached_by_checkpoint_and_code(tmp_path, monkeypatch):
                tmp_path / "ckpt.pt")
     prepare.save_tokenizer(tmp_path, {bytes([i]): i for i in range(256)})
     prepare.write_meta(tmp_path, {"dataset": "x", "vocab_size": 257, "eot": 256})
-    prepare.write_text(tmp_path / "p.txt", "One day\nTom ***ran.")
+    common.write_text(tmp_path / "p.txt", "One day\nTom ***ran.")
     batches = []
     for n, code in ((1, "a"), (2, "a"), (2, "a"), (2, "b")):
-        monkeypatch.setattr(prepare, "file_sha256", lambda path, code=code: path.name + code)
+        monkeypatch.setattr(common, "file_sha256", lambda path, code=code: path.name + code)
         grade.main([str(tmp_path), "--judge=none", f"--n={n}", f"--prompts={tmp_path}/p.txt",
                     "--max_new_tokens=8", "--device=cpu"])
         batches.append(len(grade.read_lines(tmp_path / "completions.jsonl")))

@@ -33,6 +33,7 @@ import torch.nn as nn
 from filelock import FileLock, Timeout
 
 import prepare
+from data import common
 from model import GPT, GPTConfig, best_dtype, find_device, load_model, read_checkpoint, tune_malloc
 
 RANK = int(os.environ.get("RANK", 0))               # torchrun sets these for each process
@@ -327,10 +328,10 @@ def save_checkpoint(settings, run, meta):
     try:
         if not all(p.isfinite().all() for p in run.model.parameters()):
             raise RuntimeError("the weights are not finite")
-        with prepare.atomic_write(folder / "ckpt.pt") as file:
+        with common.atomic_write(folder / "ckpt.pt") as file:
             torch.save(weights | training, file)
         if settings.keep_checkpoints:
-            with prepare.atomic_write(folder / f"ckpt_{run.step:06}.pt") as file:
+            with common.atomic_write(folder / f"ckpt_{run.step:06}.pt") as file:
                 torch.save(weights, file)
         return True
     except (OSError, RuntimeError) as error:        # torch reports a full disk as a RuntimeError
@@ -388,7 +389,7 @@ def write_log(folder, log, entropy_floor=None):
     try:
         columns = list(dict.fromkeys(name for row in log for name in row))
         lines = [columns] + [[row.get(name, "") for name in columns] for row in log]
-        prepare.write_text(folder / "log.csv",
+        common.write_text(folder / "log.csv",
                            "".join(",".join(map(str, line)) + "\n" for line in lines))
         plot_loss(folder, log, entropy_floor)
     except Exception as error:                      # neither is worth stopping a training run
@@ -412,7 +413,7 @@ def plot_loss(folder, log, entropy_floor=None):
     ax.yaxis.set_minor_formatter("{x:.3g}")
     ax.grid(alpha=0.3, which="both")
     ax.legend()
-    prepare.save_figure(folder / "loss.png", figure)
+    common.save_figure(folder / "loss.png", figure)
 
 
 def print0(text, file=None):
@@ -551,7 +552,8 @@ def start_run(settings, meta, tokenizer, device, dtype):
            f"{str(dtype)[6:]}, {run.micro_batch} rows at a time"
            + (f"; continuing at step {run.step:,}" if run.step else ""))
     if epochs > 20:
-        print0("The model reads the text many times and may memorize it: watch the validation loss.")
+        print0("The model will read this text many times and may memorize it: watch the "
+               "validation loss.")
     return run
 
 
@@ -560,7 +562,7 @@ def print_sample(model, tokenizer, beginning):
     eot = tokenizer.eot_token
     [ids] = model.generate([[eot, *beginning]], 50, 0.8, stop=eot)
     before, after = (" ".join(tokenizer.decode(part).split()) for part in (beginning, ids))
-    print0(prepare.printable(f"    {before} | {after}"))
+    print0(common.printable(f"    {before} | {after}"))
 
 
 def train(settings, signals=list):
@@ -592,7 +594,7 @@ def train(settings, signals=list):
     loss_fn = torch.compile(run.model, dynamic=False) if compiled else run.model
     if RANK == 0:
         for name in ("tokenizer.tiktoken", "meta.json"):
-            prepare.write_text(folder / name, (data / name).read_text(encoding="utf-8"))
+            common.write_text(folder / name, (data / name).read_text(encoding="utf-8"))
 
     file = open(data / "train.bin", "rb")           # kept open: new data does not replace it
     signals, stop, saved, first_step = signals(), False, True, run.step
@@ -678,13 +680,13 @@ def lock_run(folder):
         os.makedirs(folder, exist_ok=True)
         return FileLock(Path(folder, f".lock{RANK}")).acquire(blocking=False)
     except Timeout:
-        raise SystemExit(f"Another command is training in {folder}. Choose another --out_dir.")
+        raise SystemExit(f"Another command is training in {folder}.")
     except OSError as error:
         usage_error(f"--out_dir={folder}: {error.strerror}")
 
 
 def main():
-    prepare.setup_console(end_on_error=False)
+    common.setup_console(end_on_error=False)
     settings = load_settings(sys.argv[1:])
     with lock_run(settings.out_dir):
         train(settings, catch_signals)

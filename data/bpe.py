@@ -15,7 +15,7 @@ import numpy as np
 import regex
 import tiktoken
 
-from data.download import progress
+from data.common import progress
 from data.text import EOT
 
 # Pre-tokenization: contractions ('s), words, numbers, punctuation, spaces. No merge crosses them.

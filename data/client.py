@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
-import prepare
+from data import common
 
 # Dollars per million tokens in and out, November 2026; another model's price is unknown (nan).
 PRICES = {"gpt-6-luna": (0.10, 0.50), "gpt-6-sol": (2, 10), "gpt-6-astra": (10, 50)}
@@ -150,7 +150,7 @@ class Client:
                 return {**reply, "sent": sorted(sets[0])}
             tries += 1
             error = f"HTTP {status}: {reply}" if status else reply
-            error = prepare.printable(" ".join(error.replace(self.key, "***").split()))[:300]
+            error = common.printable(" ".join(error.replace(self.key, "***").split()))[:300]
             error += f" (asks to wait {wait} s)" * (wait > 0)
             first_error = first_error or error
             step = self.next_step(status, reply, wait, tries)
@@ -179,7 +179,7 @@ def confirm_cost(client, what, conversations, calls, tokens_out):
     args, tokens_in = client.args, len(str(conversations)) // 4 * calls // len(conversations)
     cost = client.price @ (tokens_in, tokens_out)
     for message in conversations[0] if args.dry_run else []:
-        print(f"[{message['role']}]\n{prepare.printable(message['content'])}\n")
+        print(f"[{message['role']}]\n{common.printable(message['content'])}\n")
     print(f"{what}: {calls:,} calls to {client.name} at {client.url}, about {tokens_in:,} tokens "
           f"in and {tokens_out:,} out, " + f"${cost:.2f}".replace("$nan", "price unknown"))
     if args.dry_run:

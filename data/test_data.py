@@ -19,7 +19,7 @@ import regex
 
 import prepare
 from data.bpe import BPE_PATTERN, merge, prune_bpe, train_bpe
-from data.download import download
+from data.common import download
 from data.grammar import Story, read_grammar, split_sentences
 
 # ------------------------------------------------------------------------------------- the grammar
@@ -294,7 +294,7 @@ def test_a_damaged_meta_json_gets_one_sentence(tmp_path, text):
 
 @pytest.mark.parametrize("output", ["/dev/full", "pipe"])
 def test_an_output_that_cannot_be_written_gets_one_sentence_or_silence(output):
-    code = "import prepare; prepare.setup_console(); print('once')"
+    code = "from data import common; common.setup_console(); print('once')"
     read, write = os.pipe()
     os.close(read)
     with open(write if output == "pipe" else output, "w") as stdout:
@@ -364,7 +364,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def fetch(tmp_path, monkeypatch):
     """Download with faults -> the content of the file, or the error message."""
-    monkeypatch.setattr("data.download.BACKOFF", 0)
+    monkeypatch.setattr("data.common.BACKOFF", 0)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
 

@@ -8,7 +8,7 @@ import json
 import os
 import re
 
-from data.download import progress
+from data.common import progress
 
 EOT = "<|endoftext|>"               # between stories in text files; one token
 CHUNK_BYTES = 4 << 20               # read at a time

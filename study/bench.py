@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # also works as a plain file
-import prepare
+from data import common
 from model import GPT, ChunkedCrossEntropy, GPTConfig, best_dtype, tune_malloc
 from study.hf import neo_config
 from study.scaling import flops_per_token
@@ -221,7 +221,7 @@ def print_profile(device, tokens):
 
 
 def main(argv=None):
-    parser = prepare.command_parser(__doc__)
+    parser = common.command_parser(__doc__)
     parser.add_argument("--ladder", action="store_true", help="compare our own optimizations")
     parser.add_argument("--profile", action="store_true", help="list the slowest operations")
     parser.add_argument("--llama2c", metavar="PATH", help="the compiled program of llama2.c")

@@ -21,8 +21,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # also works as a plain file
 import prepare
 import sample
+from data import common
+from data.facts import decided_words, held_out_stories, required_texts, split_story
 from model import NonFiniteLogits
-from study.facts import decided_words, held_out_stories, required_texts, split_story
 
 MAX_ENDING = 200        # tokens; the true endings have at most 170
 CHECKS = {
@@ -185,11 +186,11 @@ def autopsy(model, tokenizer, story, ending):
             for i in row.argsort().flip(0)[:4]:
                 text += f" {tokenizer.decode([ids[i]])!r} {row[i]:.0%}"
             text += "\n"
-    return prepare.printable(text)
+    return common.printable(text)
 
 
 def main(argv=None):
-    parser = prepare.command_parser(__doc__)
+    parser = common.command_parser(__doc__)
     parser.add_argument("run", help="a run's folder, or a checkpoint file, trained on the sample")
     parser.add_argument("-n", type=int, default=200, help="stories (default 200)")
     parser.add_argument("--autopsy", action="store_true", help="explain the first wrong endings")
@@ -218,13 +219,13 @@ def main(argv=None):
     for check, (share, error) in check_endings(stories, endings).items():
         rows[check] = {"right, %": f"{share:.1f}", "standard error": f"{error:.1f}",
                        "right means": CHECKS[check]}
-    print(f"{args.n} sampled endings\n\n{sample.format_table(rows)}")
+    print(f"{args.n} sampled endings\n\n{common.format_table(rows)}")
     rows = {}
     for kind, (n, correct, p, error) in score_pairs(model, tokenizer, stories).items():
         rows[kind] = {"pairs": n, "right word most likely, %": f"{correct:.1f}",
                       "probability, %": f"{p:.2f}", "standard error": f"{error:.2f}"}
     print(f"\nMinimal pairs in {args.n} true endings: the right word against the others of its list"
-          f"\n\n{sample.format_table(rows)}")
+          f"\n\n{common.format_table(rows)}")
 
 
 if __name__ == "__main__":

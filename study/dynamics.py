@@ -21,6 +21,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # also works as a plain file
 import prepare
 import sample
+from data import common
 from study import consistency
 
 PROMPTS = ["Once upon a time, there was", "Tom had a red ball. One day,", "Lily was sad. Her mom"]
@@ -76,11 +77,11 @@ def plot_curves(path, losses, checks, entropy):
                     ylabel="% of endings that are right", ylim=(0, 103))
         axes[1].grid(alpha=0.3)
         axes[1].legend()
-    prepare.save_figure(path, figure)
+    common.save_figure(path, figure)
 
 
 def main(argv=None):
-    parser = prepare.command_parser(__doc__)
+    parser = common.command_parser(__doc__)
     parser.add_argument("run", help="the folder of a run")
     parser.add_argument("--prompt", action="append", help="a beginning; may be repeated")
     sample.add_sampling_options(parser, temperature=0.0)
@@ -94,7 +95,7 @@ def main(argv=None):
         texts = sample.generate_texts(model, tokenizer, prompts, max_new_tokens=60,
                                       temperature=args.temperature, seed=args.seed)
         for prompt, text in zip(prompts, texts):        # indented: shown as it is, not as HTML
-            line = prepare.printable(f"step {step:,}: {' '.join(text.split())}")
+            line = common.printable(f"step {step:,}: {' '.join(text.split())}")
             continuations[prompt] += textwrap.indent(textwrap.fill(line, 90), " " * 4) + "\n"
         cells[f"step {step:,}"] = row = {}
         for name, points in losses.items():
@@ -103,11 +104,11 @@ def main(argv=None):
             for name, share in consistency.check_model(model, tokenizer, N_STORIES).items():
                 checks.setdefault(name, []).append((step, share))
                 row[f"{name}, % right"] = f"{share:.0f}"
-    parts = [f"# What {folder.resolve().name} learned when", sample.format_table(cells),
+    parts = [f"# What {folder.resolve().name} learned when", common.format_table(cells),
              "Losses in nats per token; % of endings that pass each check of study/consistency.py.",
              "![curves](dynamics.png)"]
     parts += [f"{prompt} ...\n\n{lines}" for prompt, lines in continuations.items()]
-    prepare.write_text(folder / "dynamics.md", "\n\n".join(parts) + "\n")
+    common.write_text(folder / "dynamics.md", "\n\n".join(parts) + "\n")
     entropy = meta.get("entropy_floor", {}).get("nats_per_token")
     plot_curves(folder / "dynamics.png", losses, checks, entropy)
     print(f"\n{parts[1]}\n\nThe report: {folder / 'dynamics.md'}")

@@ -20,8 +20,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # also works as a plain file
 import prepare
 import sample
+from data import common
+from data.facts import charges, held_out_stories, split_story
 from study.consistency import first_wrong_word, generate_endings
-from study.facts import charges, held_out_stories, split_story
 
 MAX_MB = 60
 STORIES = 8                 # held-out stories of the grammar in the page
@@ -131,11 +132,11 @@ def build_page(model, tokenizer, meta, name):
 def write_html(path, page):
     template = Path(__file__).with_name("explore.html").read_text(encoding="utf-8")
     data = json.dumps(page).replace("<", "\\u003c")     # so that no text can end the script
-    prepare.write_text(path, template.replace("DATA", data, 1))
+    common.write_text(path, template.replace("DATA", data, 1))
 
 
 def main(argv=None):
-    parser = prepare.command_parser(__doc__)
+    parser = common.command_parser(__doc__)
     parser.add_argument("run", help="a run's folder, or a checkpoint file")
     parser.add_argument("--force", action="store_true", help=f"also a page of over {MAX_MB} MB")
     args = parser.parse_args(argv)

@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # also works as a plain file
 import grade
 import prepare
+from data import common
 from data.grammar import format_record
 
 # --------------------------------------------------------------- the request: change it as you like
@@ -110,12 +111,12 @@ def write_stories(args, log):
         counts["without a requested word"] += n_words < len(line["words"])
         rng = random.Random(f"{line['seed']}-{line['number']} fields")
         texts[story] = format_record(story, rng.choice, fields) if args.instruct else story
-    prepare.write_text(args.out, "".join(f"{text}\n{prepare.EOT}\n" for text in texts.values()))
+    common.write_text(args.out, "".join(f"{text}\n{prepare.EOT}\n" for text in texts.values()))
     return counts + Counter({"different stories": len(texts)})
 
 
 def main(argv=None):
-    parser = prepare.command_parser(__doc__)
+    parser = common.command_parser(__doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="a text file, .txt; the log is next to it")
     add("--n", type=int, default=1_000, help="stories of this seed (default 1000)")
@@ -154,7 +155,7 @@ def main(argv=None):
         grade.ask_all(client, ask, todo, "stories")
     print(f"{args.out} ({client.spent_text()} spent now)")
     for what, count in (write_stories(args, log) + failures).most_common():
-        print(f"{count:,} {prepare.printable(what)}")
+        print(f"{count:,} {common.printable(what)}")
     if not all(item["key"] in log for item in items):
         print(f"{client.stop or 'Some failed'}. Run the same command again to continue.",
               file=sys.stderr)

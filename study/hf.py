@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # also works as 
 import prepare
 import sample
 import train
-from data.download import download, hub_url
+from data import common
+from data.common import download, hub_url
 from model import GPT, GPTConfig, read_checkpoint
 
 # Our weights, and what GPT-Neo calls them; to be replaced in this order.
@@ -138,7 +139,7 @@ def import_run(name):
     meta |= {"source": name, "vocab_size": len(ranks) + 1, "eot": len(ranks)}
     prepare.save_tokenizer(folder, ranks)
     prepare.write_meta(folder, meta)
-    with prepare.atomic_write(folder / "ckpt.pt") as file:      # last: now it is a run
+    with common.atomic_write(folder / "ckpt.pt") as file:      # last: now it is a run
         torch.save({"model": model.state_dict(), "model_config": asdict(model.config),
                     "settings": {}, "meta": meta, "step": 0}, file)
     print(f"Imported. Try: python sample.py {folder.as_posix()}")
@@ -157,18 +158,18 @@ def export(run, folder):
     folder.mkdir(parents=True, exist_ok=True)
     for block in model.blocks:
         block.attn.qkv.data[0] /= math.sqrt(model.config.n_embd // model.config.n_head)
-    with prepare.atomic_write(folder / "pytorch_model.bin") as file:
+    with common.atomic_write(folder / "pytorch_model.bin") as file:
         torch.save({name: view.clone() for name, view in neo_views(model).items()}, file)
     prepare.save_tokenizer(folder, tokenizer._mergeable_ranks)
     prepare.write_meta(folder, meta)
     theirs = {"architectures": ["GPTNeoForCausalLM"], **neo_config(model.config),
               "bos_token_id": tokenizer.eot_token, "eos_token_id": tokenizer.eot_token}
-    prepare.write_text(folder / "config.json", json.dumps(theirs, indent=1))
+    common.write_text(folder / "config.json", json.dumps(theirs, indent=1))
     print(f"{folder} holds {run} as a GPT-Neo.")
 
 
 def main(argv=None):
-    parser = prepare.command_parser(__doc__)
+    parser = common.command_parser(__doc__)
     parser.add_argument("name", help="a name on the Hugging Face hub, or a folder")
     parser.add_argument("--export", metavar="RUN", help="write this run into the folder")
     args = parser.parse_args(argv)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # also works as a plain file
 import prepare
 import sample
+from data import common
 
 KS = (1, 2, 3, 4, 5)            # tokens of a k-gram
 MIN_TOKENS = 20                 # shorter completions are left out: chance hits are common
@@ -119,11 +120,11 @@ def plot(path, shares, novel, title):
     last.yaxis.set_major_formatter("{x:.1%}")
     empty.axis("off")
     empty.legend(lines, GROUPS, loc="center", fontsize=14)
-    prepare.save_figure(path, figure)
+    common.save_figure(path, figure)
 
 
 def main(argv=None):
-    parser = prepare.command_parser(__doc__)
+    parser = common.command_parser(__doc__)
     parser.add_argument("run", help="a run's folder, or a checkpoint file")
     parser.add_argument("-n", type=int, default=100, help="stories (default 100)")
     parser.add_argument("--data", help="folder of its train.bin (default: in data/)")
@@ -158,7 +159,7 @@ def main(argv=None):
     for k in KS:
         cells = [f"{share:.1%}" for share in novel[k]]
         rows.append([f"(c) {k}-grams in no story", *cells, "most" if k > 3 else "-"])
-    table = sample.format_table([["", *GROUPS, "the paper"], *sorted(rows)])
+    table = common.format_table([["", *GROUPS, "the paper"], *sorted(rows)])
     title = (f"{novel[5][0]:.1%} of the 5-grams that {folder.resolve().name} writes occur in no "
              f"training story (true endings: {novel[5][1]:.1%})")
     facts = (f"{n} completions at temperature {args.temperature:g}, {len(ends):,} training "
@@ -170,7 +171,7 @@ def main(argv=None):
         text = textwrap.fill(tokenizer.decode(ids.tolist()).strip(), 90)
         parts.append(textwrap.indent(text, "    "))     # a code block: no live links or images
     plot(folder / "memorization.png", shares, novel, title)
-    prepare.write_text(folder / "memorization.md", "\n\n".join(parts) + "\n")
+    common.write_text(folder / "memorization.md", "\n\n".join(parts) + "\n")
     print(f"{title}.\n{facts}\n\n{table}\n\nWrote {folder}/memorization.md and memorization.png")
 
 

@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 import grade
 import prepare
 import sample
+from data import common
 from grade import ANCHORS, METRICS, VERDICTS, by_prompt, mean_interval, render_page
 from model import read_checkpoint
 
@@ -176,12 +177,12 @@ def judge_rows(items):
 
 def escape(text):
     """Text from outside, without markup and with visible control characters."""
-    return html.escape(prepare.printable(str(text).encode("utf-8", "replace").decode()))
+    return html.escape(common.printable(str(text).encode("utf-8", "replace").decode()))
 
 
 def html_table(rows):
     """{row name: {column: cell}} -> a table."""
-    lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in sample.table_rows(rows)]
+    lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in common.table_rows(rows)]
     return "<table><tr>" + "</tr>\n<tr>".join(lines) + "</tr></table>" if rows else "<p>none</p>"
 
 
@@ -220,7 +221,7 @@ def render_stories(items):
 
 
 def main(argv=None):
-    prepare.setup_console()
+    common.setup_console()
     parser = grade.build_parser()
     parser.description = __doc__
     parser.set_defaults(judge="")
@@ -257,8 +258,8 @@ def main(argv=None):
     path = items[0]["folder"] / (re.sub(r"[^\w.-]", "-", words)[:200] + ".html")
     if path.exists() and not path.read_bytes().startswith(HEAD[:30].encode()):
         raise SystemExit(f"{path} was not written by this command; move it away first")
-    prepare.write_text(path, "".join([*parts, "<h2>Stories</h2>", render_stories(items)]))
-    print(f"{sample.format_table(rows)}\nReport: {path}")
+    common.write_text(path, "".join([*parts, "<h2>Stories</h2>", render_stories(items)]))
+    print(f"{common.format_table(rows)}\nReport: {path}")
 
 
 if __name__ == "__main__":

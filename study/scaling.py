@@ -18,9 +18,9 @@ import torch
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # also works as a plain file
-import prepare
 import sample
 import train
+from data import common
 from study import consistency
 from study.dynamics import finish_loss_plot, read_log
 
@@ -125,11 +125,11 @@ def write_report(folder, rows, n):
             cell["undertraining"] = f"{1 - min(gaps) / max(gaps):.0%}"
         for name, value in row["scores"].items():
             cell[name] = f"{value:.3g}"
-    (laws, fits), table = fit_budgets(rows), sample.format_table(cells)
+    (laws, fits), table = fit_budgets(rows), common.format_table(cells)
     plot_maps(folder / "maps.png", final)
     plot_frontiers(folder / "frontiers.png", final)
     plot_fit(folder / "fit.png", fits, entropy)
-    prepare.write_text(folder / "report.md", f"""# How does the loss fall with size?
+    common.write_text(folder / "report.md", f"""# How does the loss fall with size?
 
 {table}
 
@@ -139,7 +139,7 @@ number of tokens removed. Checks: % of {n} endings that pass (study/consistency.
 
 ## The scaling law L(N) = E + A / N^a, with N in 100,000 parameters
 
-{sample.format_table(laws)}
+{common.format_table(laws)}
 
 ±: two standard errors (jackknife over the models, one seed each).
 
@@ -165,7 +165,7 @@ def plot_maps(path, rows):
         ax.set(title="loss, nats per token" if name == "loss" else f"{name}, % right",
                xlabel="width", xticks=range(len(widths)), xticklabels=widths,
                ylabel="layers", yticks=range(len(layers)), yticklabels=layers)
-    prepare.save_figure(path, figure)
+    common.save_figure(path, figure)
 
 
 def plot_frontiers(path, rows):
@@ -182,7 +182,7 @@ def plot_frontiers(path, rows):
     ax.step(flops, lowest, "k-", where="post", alpha=0.3, lw=4, label="lowest so far")
     ax.set(xlabel="compute of training (FLOPs)", xscale="log")
     finish_loss_plot(ax, "The best shape depends on the compute (numbers: widths)")
-    prepare.save_figure(path, figure)
+    common.save_figure(path, figure)
 
 
 def plot_fit(path, fits, entropy):
@@ -197,11 +197,11 @@ def plot_fit(path, fits, entropy):
     ax.set(xlabel="parameters without embeddings", xscale="log")
     truth = f", the true limit: {entropy:.2f}" if entropy else ""
     finish_loss_plot(ax, f"The fitted limit of the loss: {limit}{truth}", entropy)
-    prepare.save_figure(path, figure)
+    common.save_figure(path, figure)
 
 
 def main(argv=None):
-    parser = prepare.command_parser(__doc__)
+    parser = common.command_parser(__doc__)
     parser.add_argument("--grid", required=True, choices=GRIDS)
     parser.add_argument("-n", type=int, default=100, help="stories to check (default 100)")
     parser.add_argument("--budgets", type=int, nargs="+", help="training steps: --budgets 250 750")

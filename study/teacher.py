@@ -18,8 +18,7 @@ from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # also works as a plain file
 import grade
-import prepare
-import sample
+from data import common
 from grade import ANCHORS, METRICS, STORY, read_grade
 from study import report
 
@@ -43,7 +42,7 @@ class Human:
     def ask(self, messages, turn=0):
         text = "(by hand)" if turn == 0 else ""            # the first turn is prose
         for line in messages[2]["content"].split("\n")[1:-1] if turn else ():
-            print(textwrap.fill(prepare.printable(line), 80))
+            print(textwrap.fill(common.printable(line), 80))
         while not text:
             words = input("\n> ").replace(",", " ").split()
             wrong = [repr(word) for word in words if read_grade(METRICS[0], word) is None]
@@ -69,11 +68,11 @@ def show_result(pages, items):
             print(f"page {number}: {item['model']}, {report.mean_grade(item):.1f}")
     rows = report.agreement_rows(items)
     if rows := {name: rows[name] for name in rows if "me" in name.split(" - ")}:
-        print(f"\nAgreement with other judges:\n\n{sample.format_table(rows)}")
+        print(f"\nAgreement with other judges:\n\n{common.format_table(rows)}")
 
 
 def main(argv=None):
-    prepare.setup_console()
+    common.setup_console()
     parser = grade.build_parser()
     parser.description = __doc__
     parser.set_defaults(n=1, judge="none")          # completions are sampled, nothing is sent

@@ -25,6 +25,7 @@ import prepare
 import sample
 import test_model
 import train
+from data import common, facts
 from data.grammar import Story, read_grammar
 from model import GPT, GPTConfig
 from study import (
@@ -32,7 +33,6 @@ from study import (
     consistency,
     dynamics,
     explore,
-    facts,
     generate,
     hf,
     memorization,
@@ -58,7 +58,7 @@ def grammar_data(tmp_path_factory, stories):
     """A small data set that looks like `sample`."""
     folder = tmp_path_factory.mktemp("data")
     text = "".join(f"{story.text}\n{prepare.EOT}\n" for story in stories)
-    prepare.write_text(folder / "stories.txt", text)
+    common.write_text(folder / "stories.txt", text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "HERE", folder)
         prepare.main(["small", "--input", str(folder / "stories.txt"), "--tokenizer", "bpe",
@@ -86,7 +86,7 @@ def model(tokenizer):
 def test_charges_are_where_the_options_differ(stories, tokenizer, tmp_path):
     rules = "girl (boy=girl) = Ann | Zoe\nboy (boy=boy) = Al | Bo\nhero = {girl} | {boy}"
     scene = "A {hero.boy} named {hero}. The {end|tip}."
-    prepare.write_text(tmp_path / "g.txt", f"{rules}\nplot one\nwords a\nsummary s\n\n{scene}\n")
+    common.write_text(tmp_path / "g.txt", f"{rules}\nplot one\nwords a\nsummary s\n\n{scene}\n")
     story = Story(*read_grammar(tmp_path / "g.txt"), random.Random(0))
     name, end = story.text.index(story.bindings["hero"][""]), story.text.index("The") + 4
     assert [(where, round(math.exp(nats))) for where, nats in facts.charges(story)] == [

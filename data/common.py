@@ -1,14 +1,14 @@
-"""How does a large file arrive complete?
+"""What all scripts share: whole files, downloads, and text on the screen."""
 
-Downloads continue where they stopped, and are checked. prepare.py and study/hf.py use this.
-"""
-
+import argparse
 import hashlib
+import io
 import os
 import re
 import shutil
 import sys
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import requests
@@ -21,11 +21,31 @@ TIMEOUT = 10, 60                    # seconds to connect, and without any data
 BACKOFF = 1.0                       # seconds before a retry; then more
 
 
-def progress(label, total, unit="B"):
-    """A progress bar; in a pipe, one line every ten seconds."""
-    pause = 0 if sys.stderr and sys.stderr.isatty() else 10
-    return tqdm(desc=label, total=total, unit=unit, unit_scale=True, mininterval=max(pause, 0.1),
-                delay=pause, disable=sys.stderr is None)
+# ------------------------------------------------------------------------------------------- files
+
+@contextmanager
+def atomic_write(path):
+    """Write a whole file or nothing: the old file stays until the new one is complete."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path, text):
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def save_figure(path, figure):
+    with atomic_write(path) as file:
+        figure.savefig(file, dpi=120)
 
 
 def file_bytes(path):
@@ -35,6 +55,8 @@ def file_bytes(path):
 def file_sha256(path):
     return hashlib.sha256(file_bytes(path)).hexdigest()
 
+
+# --------------------------------------------------------------------------------------- downloads
 
 def hub_url(repo, revision, file, kind="datasets/"):
     host = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
@@ -118,3 +140,66 @@ def receive(session, url, part, have, size, etag, bar):
                     raise SystemExit(f"{url} sends more than {size or MAX_DOWNLOAD:,} bytes.")
             if file.tell() < (size or 0):
                 raise requests.ConnectionError(f"only {file.tell():,} of {size:,} bytes arrived")
+
+
+# ------------------------------------------------------------------------------- text on the screen
+
+def progress(label, total, unit="B"):
+    """A progress bar; in a pipe, one line every ten seconds."""
+    pause = 0 if sys.stderr and sys.stderr.isatty() else 10
+    return tqdm(desc=label, total=total, unit=unit, unit_scale=True, mininterval=max(pause, 0.1),
+                delay=pause, disable=sys.stderr is None)
+
+
+class Console(io.TextIOWrapper):
+    """Standard output that ends the program when it cannot be written (full disk, `| head`)."""
+
+    def write(self, text):
+        try:
+            super().write(text)
+            self.flush()                # now: at exit, Python would print a traceback
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())    # takes what is left
+            closed = isinstance(error, BrokenPipeError)
+            raise SystemExit(1 if closed else f"Cannot write the output: {error.strerror}")
+        return len(text)
+
+
+def setup_console(end_on_error=True):
+    """Print ? for characters that the console cannot show. end_on_error: see Console."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    if end_on_error and sys.stdout and sys.stdout is sys.__stdout__:    # not in tests or notebooks
+        sys.stdout = Console(sys.stdout.buffer, sys.stdout.encoding, "replace")
+
+
+def command_parser(doc):
+    """The argument parser of a script, with the script's docstring as its help."""
+    setup_console()
+    return argparse.ArgumentParser(description=doc,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def printable(text):
+    """Make text from outside safe for a terminal: escape its control characters."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]",
+                  lambda match: ascii(match[0])[1:-1], text)
+
+
+def table_rows(rows):
+    """{row name: {column: cell}} -> rows of cells, the heading first; "-" if a cell is missing."""
+    columns = dict.fromkeys(column for row in rows.values() for column in row)
+    return [["", *columns]] + [[name, *(row.get(column, "-") for column in columns)]
+                               for name, row in rows.items()]
+
+
+def format_table(rows):
+    """Rows of cells, the heading first, or {row name: {column: cell}} -> a table in Markdown."""
+    rows = table_rows(rows) if isinstance(rows, dict) else rows
+    rows = [["<br>".join(str(cell).strip().splitlines()).replace("|", "\\|") for cell in row]
+            for row in rows]
+    rows = [[printable(cell) for cell in row] for row in rows]
+    widths = [min(50, max(3, *map(len, column))) for column in zip(*rows)]     # longer: unpadded
+    rows.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
