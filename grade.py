@@ -1,11 +1,11 @@
 """How good are a model's stories? A stronger model grades them, like a teacher.
 
-    python grade.py out/tiny_8l                     # 10 completions of each of 50 beginnings
-    python grade.py out/tiny_1l out/tiny_8l -n 2    # several models in one table
-    python grade.py out/tiny_8l --dry-run           # first request and price; sends nothing
+    python grade.py out/tiny_8l                   # 10 completions of each of 50 beginnings
+    python grade.py out/tiny_1l out/tiny_8l -n 2  # several models in one table
+    python grade.py out/tiny_8l --dry-run         # first request and price; sends nothing
     python grade.py out/tiny_8l --judge llama3.1 --base-url http://localhost:11434/v1
-    python grade.py out/tiny_8l --judge none        # only what needs no judge
-    python grade.py stories.jsonl                   # {"prompt", "completion", "model"} per line
+    python grade.py out/tiny_8l --judge none      # only what needs no judge
+    python grade.py stories.jsonl                 # {"prompt", "completion", "model"} per line
 
 A hosted judge needs OPENAI_API_KEY. Stories and replies are stored in the run's folder: run the
 same command to continue; nothing is paid twice. See arXiv 2305.07759.
@@ -31,7 +31,7 @@ from data.client import Client, add_server_options, append_line, ask_all, confir
 from data.grammar import FIELDS, format_instructions, split_sentences
 
 LOG = "grades.jsonl"
-ANCHORS = ("true ending", "sentences shuffled", "random words")     # best first
+ANCHORS = ("true ending", "sentences shuffled", "random words")  # best first
 METRICS = ("grammar", "creativity", "consistency", "plot")
 VERDICTS = ("right", "partly", "wrong")
 
@@ -119,12 +119,12 @@ def read_grade(name, text):
     """A number from 0 to 10, a letter or a verdict; None if the text is not clearly one."""
     if name == "verdict":
         return text.lower() if text.lower() in VERDICTS else None
-    if name == "age":                       # "C" or "C (6-7)"; "-" in study/teacher.py
+    if name == "age":  # "C" or "C (6-7)"; "-" in study/teacher.py
         match = re.fullmatch(r"(?i)[A-F-]|[A-F] \([^,]*\)", text)
         return text[0].upper() if match and (len(text) == 1 or text in STORY[1]) else None
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(?: ?(?:/|out of) ?10)?", text)
     grade = float(match[1]) if match else -1
-    return grade if grade == 0 or 1 <= grade <= 10 else None        # 0.7: another scale
+    return grade if grade == 0 or 1 <= grade <= 10 else None  # 0.7: another scale
 
 
 def parse_grades(text, task):
@@ -193,7 +193,7 @@ def complete(path, args):
     hashes = [common.file_sha256(each)[:16] for each in files]
     settings = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
     stored = {line.get("key"): line for line in read_lines(folder / "completions.jsonl")}
-    for i in tqdm(range(args.n), "completions", leave=False):       # a batch for each seed
+    for i in tqdm(range(args.n), "completions", leave=False):  # a batch for each seed
         key = digest(hashes, settings, args.without, args.seed, i, rows)
         if key not in stored:
             if model is None:
@@ -250,7 +250,7 @@ def gather(args):
         items += make_anchors(items)
     for item in items:
         item["task"] = args.task
-        if args.task == "probes":           # the answer is the first sentence
+        if args.task == "probes":  # the answer is the first sentence
             item["completion"] = f" {split_sentences(item['completion'])[0]}"
     attach_replies(items, args.judge, args.base_url.rstrip("/"), args.repeat)
     return items
@@ -271,7 +271,7 @@ def attach_replies(items, judge, url, repeat=0):
         key = digest(judge, url, version, repeat, render_page(item), item.get("right"))
         item |= {"key": key, "judge": judge, "url": url, "version": version, "repeat": repeat,
                  "replies": [], "grades": {}, "reason": item.get("reason", "not graded yet")}
-        if judge != "none" and not re.search(r"\w", item["completion"]):     # an empty story
+        if judge != "none" and not re.search(r"\w", item["completion"]):  # an empty story
             item["grades"] = {**dict.fromkeys(METRICS, 0.0), "age": "A", "verdict": "wrong"}
         for turn in (0, 1):
             if len(item["replies"]) == turn and (key, turn) in replies:
@@ -306,7 +306,7 @@ def mean_interval(groups):
     df = len(means) - 1
     if df < 1:
         return (means[0] if means else np.nan), np.nan
-    t = 1.96 + 2.37 / df + 2.82 / df**2 + 2.53 / df**3          # Student's t: Cornish-Fisher
+    t = 1.96 + 2.37 / df + 2.82 / df**2 + 2.53 / df**3  # Student's t: Cornish-Fisher
     t = (12.706, 4.303, 3.182, 2.776)[df - 1] if df < 5 else t
     return np.mean(means), t * np.std(means, ddof=1) / len(means) ** 0.5
 
@@ -363,7 +363,7 @@ def summary_rows(items):
             cells["age"] = sorted(grade["age"] for grade in grades)[len(grades) // 2]
         complete = [item["completion"].rstrip()[-1:] in [*'.!?"”'] for item in stories]
         cells["complete endings"] = f"{np.mean(complete):.0%}"
-        used = [bool(re.search(rf"(?i)\b{re.escape(word)}", item["completion"]))    # any suffix
+        used = [bool(re.search(rf"(?i)\b{re.escape(word)}", item["completion"]))  # any suffix
                 for item in stories for word in re.findall(r"[^\s,]+", item.get("Words", ""))]
         if used:
             cells["required words"] = f"{np.mean(used):.0%}"
@@ -390,7 +390,7 @@ def build_parser():
 
 
 def parse_args(parser, argv=None):
-    if parser.parse_known_args(argv)[0].task == "probes":       # short answers, greedy
+    if parser.parse_known_args(argv)[0].task == "probes":  # short answers, greedy
         parser.set_defaults(n=1, temperature=0.0, max_new_tokens=40)
     args = sample.parse_args(parser, argv)
     if args.n < 1 or args.max_new_tokens < 1:
@@ -408,11 +408,11 @@ def main(argv=None):
         return 0
     client = Client(args, args.judge, grade_schema(args.task))  # checks the key first
     items = gather(args)
-    todo = {item["key"]: item for item in items if is_open(item)}       # equal texts once
+    todo = {item["key"]: item for item in items if is_open(item)}     # equal texts once
     if todo or args.dry_run:
         confirm_cost(client, f"{len(items):,} stories and anchors, {len(todo):,} to grade",
                      [build_messages(item) for item in items], 2 * len(todo), 250 * len(todo))
-        order = random.Random(0).sample([*todo.values()], len(todo))    # fair if it stops early
+        order = random.Random(0).sample([*todo.values()], len(todo))  # fair if it stops early
         ask_all(client, lambda item: judge_story(client, item), order, "graded")
         attach_replies(items, args.judge, client.url, args.repeat)
         print(f"Spent: {client.spent_text()}")

@@ -22,18 +22,18 @@ import torch.nn.functional as F
 @dataclass
 class GPTConfig:
     vocab_size: int = 10_000
-    block_size: int = 512           # longest context, in tokens
+    block_size: int = 512        # longest context, in tokens
     n_layer: int = 8
     n_head: int = 4
     n_embd: int = 256
-    pos: str = "rope"               # position encoding: rope or learned
-    norm: str = "rms"               # rms or layer
-    act: str = "relu2"              # relu2 (squared ReLU) or gelu
-    qk_norm: bool = True            # RMS-normalize queries and keys
-    bias: bool = False              # biases in linear layers (not in q, k, v), as in GPT-Neo
-    window: int = 0                 # every second layer sees only this many tokens; 0 = all
-    init: str = "zero"              # residual branches start at zero, as a copying head, or normal
-    value_residual: bool = True     # mix the first layer's values into all others
+    pos: str = "rope"            # position encoding: rope or learned
+    norm: str = "rms"            # rms or layer
+    act: str = "relu2"           # relu2 (squared ReLU) or gelu
+    qk_norm: bool = True         # RMS-normalize queries and keys
+    bias: bool = False           # biases in linear layers (not in q, k, v), as in GPT-Neo
+    window: int = 0              # every second layer sees only this many tokens; 0 = all
+    init: str = "zero"           # residual branches start at zero, as a copying head, or normal
+    value_residual: bool = True  # mix the first layer's values into all others
 
     options = dict(pos=("rope", "learned"), norm=("rms", "layer"), act=("relu2", "gelu"),
                    init=("zero", "copy", "normal"))
@@ -68,15 +68,15 @@ def make_norm(config):
 
 def precompute_rope(block_size, D, base=10_000.0):
     """Cosines and sines of the rotary angles (arXiv 2104.09864) -> (2, block_size, D)."""
-    freqs = base ** (-torch.arange(0, D, 2).float() / D)            # (D / 2,)
-    angles = torch.outer(torch.arange(block_size).float(), freqs)   # (block_size, D / 2)
+    freqs = base ** (-torch.arange(0, D, 2).float() / D)           # (D / 2,)
+    angles = torch.outer(torch.arange(block_size).float(), freqs)  # (block_size, D / 2)
     cos, sin = angles.cos(), angles.sin()
-    return torch.stack((torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)))   # for x, x.roll
+    return torch.stack((torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)))  # for x, x.roll
 
 
 def apply_rope(x, rope):
     """Rotate pairs (x[i], x[i + D / 2]) of x (..., T, D) by the angles in rope (2, T, D)."""
-    cos, sin = rope.to(x.dtype)                                     # (T, D) each
+    cos, sin = rope.to(x.dtype)  # (T, D) each
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
@@ -87,9 +87,9 @@ def attention_bias(q, S, window):
     T = q.size(2)
     if not window and (T == 1 or T == S and q.device.type != "cpu"):
         return None
-    i = torch.arange(S - T, S, device=q.device)[:, None]            # positions of the queries
-    j = torch.arange(S, device=q.device)                            # positions of the keys
-    visible = (j <= i) & (j > i - (window or S))                    # (T, S)
+    i = torch.arange(S - T, S, device=q.device)[:, None]  # positions of the queries
+    j = torch.arange(S, device=q.device)                  # positions of the keys
+    visible = (j <= i) & (j > i - (window or S))          # (T, S)
     return torch.zeros(T, S, dtype=q.dtype, device=q.device).masked_fill(~visible, -math.inf)
 
 
@@ -97,13 +97,13 @@ def attention(q, k, v, window=0):
     """Causal attention of the last T of S positions. q (B, H, T, D), k and v (B, H, S, D)
     -> (B, H, T, D)."""
     T, bias = q.size(2), attention_bias(q, k.size(2), window)
-    if T > 1 and q.device.type != "cpu":                            # fused: never stores the scores
+    if T > 1 and q.device.type != "cpu":                  # fused: never stores the scores
         return F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None)
     # Written out: faster than the fused kernel on a CPU in bfloat16, and for a single query on a
     # GPU, where cuDNN would plan its kernel again for each new S.
-    scores = q / math.sqrt(q.size(-1)) @ k.mT                       # (B, H, T, S)
+    scores = q / math.sqrt(q.size(-1)) @ k.mT             # (B, H, T, S)
     scores = scores if bias is None else scores + bias
-    weights = scores.softmax(dim=-1, dtype=scores.dtype)            # autocast would use float32
+    weights = scores.softmax(dim=-1, dtype=scores.dtype)  # autocast would use float32
     return weights @ v
 
 
@@ -144,8 +144,8 @@ class Attention(nn.Module):
     def heads(self, x, rope=None, v1=None):
         """x (B, T, C), v1 the first layer's values or None -> q, k, v, v1, each (B, H, T, D)."""
         B, T, C = x.shape
-        qkv = F.linear(x, self.qkv.flatten(0, 1))                               # (B, T, 3C)
-        qkv = qkv.view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)         # (3, B, H, T, D)
+        qkv = F.linear(x, self.qkv.flatten(0, 1))                        # (B, T, 3C)
+        qkv = qkv.view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
         qk, v = qkv[:2], qkv[2]
         if self.qk_norm:
             qk = F.rms_norm(qk, qk.shape[-1:])
@@ -154,7 +154,7 @@ class Attention(nn.Module):
         if v1 is None:
             v1 = v
         elif self.value_lambda is not None:
-            v = torch.lerp(v, v1, self.value_lambda.to(v.dtype))    # arXiv 2410.17897
+            v = torch.lerp(v, v1, self.value_lambda.to(v.dtype))  # arXiv 2410.17897
         return *qk, v, v1
 
     def forward(self, x, rope=None, v1=None, cache=None):
@@ -162,8 +162,8 @@ class Attention(nn.Module):
         B, T, C = x.shape
         q, k, v, v1 = self.heads(x, rope, v1)
         if cache is not None:
-            k, v = cache.update(self.layer, k, v)                   # (B, H, S, D)
-        y = self.attend(q.to(k.dtype), k, v).to(q.dtype)            # (B, H, T, D)
+            k, v = cache.update(self.layer, k, v)         # (B, H, S, D)
+        y = self.attend(q.to(k.dtype), k, v).to(q.dtype)  # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C)), v1
 
     def attend(self, q, k, v):
@@ -185,7 +185,7 @@ class MLP(nn.Module):
             x = F.gelu(x, approximate="tanh")
         else:
             x = F.relu(x)
-            x = x * x               # squared ReLU (arXiv 2109.08668)
+            x = x * x  # squared ReLU (arXiv 2109.08668)
         return self.c_proj(x)
 
 
@@ -215,15 +215,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         x, w, valid = x.to(dtype), weight.to(dtype), targets >= 0
         n_valid = valid.sum().clamp(min=1)
-        chunk = 512 if device == "cpu" else 8192        # fits the CPU's cache; keeps a GPU busy
+        chunk = 512 if device == "cpu" else 8192  # fits the CPU's cache; keeps a GPU busy
         loss, x_grad, w_grad = 0.0, torch.empty_like(x), torch.zeros_like(weight)
         for i in range(0, len(x), chunk):
             rows = slice(i, i + chunk)
             target, mask = targets[rows, None].clamp(min=0), valid[rows, None]
-            logp = F.log_softmax(x[rows] @ w.T, dim=-1, dtype=torch.float32)    # (chunk, V)
+            logp = F.log_softmax(x[rows] @ w.T, dim=-1, dtype=torch.float32)  # (chunk, V)
             loss = loss - (logp.gather(1, target) * mask).sum()
-            grad = logp.exp_()                                                  # softmax ...
-            grad.scatter_add_(1, target, -torch.ones_like(target, dtype=grad.dtype))    # - one-hot
+            grad = logp.exp_()                                                # softmax ...
+            grad.scatter_add_(1, target, -torch.ones_like(target, dtype=grad.dtype))  # - one-hot
             grad = grad.mul_(mask / n_valid).to(dtype)
             x_grad[rows] = grad @ w
             w_grad += grad.T @ x[rows]
@@ -243,8 +243,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         C, D = config.n_embd, config.n_embd // config.n_head
-        padded_vocab = 64 * math.ceil(config.vocab_size / 64)       # a faster shape for GPUs
-        self.token_embedding = nn.Embedding(padded_vocab, C)        # also the output head
+        padded_vocab = 64 * math.ceil(config.vocab_size / 64)  # a faster shape for GPUs
+        self.token_embedding = nn.Embedding(padded_vocab, C)   # also the output head
         self.position_embedding = None
         if config.pos == "learned":
             self.position_embedding = nn.Embedding(config.block_size, C)
@@ -269,7 +269,7 @@ class GPT(nn.Module):
         for block in self.blocks:
             nn.init.normal_(block.attn.c_proj.weight, std=std)
             nn.init.normal_(block.mlp.c_proj.weight, std=std)
-            if config.init == "copy":       # repeated words become more likely
+            if config.init == "copy":  # repeated words become more likely
                 nn.init.eye_(block.attn.qkv[2])
                 block.attn.c_proj.weight.copy_(0.3 * torch.eye(C))
 
@@ -280,7 +280,7 @@ class GPT(nn.Module):
         end = start + idx.size(1)
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens exceed block_size={self.config.block_size}")
-        x = self.token_embedding(idx)                               # (B, T, C)
+        x = self.token_embedding(idx)  # (B, T, C)
         if self.position_embedding is not None:
             x = x + self.position_embedding.weight[start:end]
         rope = None if self.rope is None else self.rope[:, start:end]
@@ -322,7 +322,7 @@ class GPT(nn.Module):
         if not all(prompts):
             raise ValueError("a prompt needs at least one token")
         device, B = self.token_embedding.weight.device, len(prompts)
-        generator = torch.Generator().manual_seed(seed)     # on the CPU: same text on every device
+        generator = torch.Generator().manual_seed(seed)  # on the CPU: same text on every device
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         tokens = torch.zeros(B, int(lengths.max()) + max_new_tokens, dtype=torch.long)
         for row, prompt in zip(tokens, prompts):
@@ -330,14 +330,14 @@ class GPT(nn.Module):
         # float32 on a CPU: products of another size for each token have a setup cost in bfloat16.
         dtype = torch.float32 if device.type == "cpu" else self.token_embedding.weight.dtype
         cache = KVCache(self.config, B, device, dtype)
-        rows = torch.arange(B)                              # rows that are still in the cache
+        rows = torch.arange(B)                           # rows that are still in the cache
         active = torch.full((B,), max_new_tokens > 0)
-        t = n_new = int(lengths.min())                      # position; tokens not yet in the cache
+        t = n_new = int(lengths.min())                   # position; tokens not yet in the cache
         while active.any():
-            if 2 * active.sum() <= len(rows):               # half of the rows have ended: drop them
+            if 2 * active.sum() <= len(rows):            # half of the rows have ended: drop them
                 cache.select_rows(active[rows].to(device))
                 rows = rows[active[rows]]
-            if cache.length + n_new > self.config.block_size:       # full: re-read the newer half
+            if cache.length + n_new > self.config.block_size:  # full: re-read the newer half
                 cache.length, n_new = 0, min(t, max(1, self.config.block_size // 2))
             # oneDNN plans each product on a CPU; for a single token, that costs too much.
             torch.backends.mkldnn.enabled = len(rows) * n_new > 1
@@ -380,11 +380,11 @@ def sample_next_token(logits, u, temperature=1.0, top_k=0, top_p=1.0):
         kth = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
     probs = logits.softmax(dim=-1)
-    if top_p < 1:                                           # nucleus sampling (arXiv 1904.09751)
+    if top_p < 1:               # nucleus sampling (arXiv 1904.09751)
         sorted_probs, order = probs.sort(dim=-1, descending=True)
         outside = sorted_probs.cumsum(-1) - sorted_probs >= top_p
         probs = torch.zeros_like(probs).scatter(1, order, sorted_probs.masked_fill(outside, 0.0))
-    cdf = probs.cumsum(dim=-1)                              # inverse transform sampling
+    cdf = probs.cumsum(dim=-1)  # inverse transform sampling
     next_id = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)
     return next_id.squeeze(1).clamp(max=logits.size(-1) - 1)
 
@@ -411,7 +411,7 @@ def best_dtype(device):
         return torch.bfloat16 if bf16 else torch.float16
     if device == "cpu":
         cpu = torch.cpu.get_capabilities()
-        intel = "Intel" in cpu.get("cpu_name", "")          # without AMX, bfloat16 is slower there
+        intel = "Intel" in cpu.get("cpu_name", "")  # without AMX, bfloat16 is slower there
         if cpu.get("amx_bf16") or cpu.get("avx512_bf16") and not intel:
             return torch.bfloat16
     return torch.float32
@@ -421,22 +421,22 @@ def tune_malloc():
     """Let Linux's malloc keep large freed arrays instead of returning them to the system. On a CPU
     this saves a seventh of a training step and more than half of long sampling (study/log.md)."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-1, 1 << 30)                           # M_TRIM_THRESHOLD
-        if not libc.mallopt(-3, 1 << 30):                   # M_MMAP_THRESHOLD
-            libc.mallopt(-3, 1 << 25)                       # the maximum before glibc 2.35
+        libc.mallopt(-1, 1 << 30)          # M_TRIM_THRESHOLD
+        if not libc.mallopt(-3, 1 << 30):  # M_MMAP_THRESHOLD
+            libc.mallopt(-3, 1 << 25)      # the maximum before glibc 2.35
 
 
 def read_checkpoint(path, keys=()):
     """Load a dict of tensors and plain values. ValueError if it is damaged, holds code or lacks one
     of the keys."""
     try:
-        with zipfile.ZipFile(path) as archive:              # torch.load does not check the CRCs
+        with zipfile.ZipFile(path) as archive:  # torch.load does not check the CRCs
             if any(entry.compress_type for entry in archive.infolist()) or archive.testzip():
                 raise ValueError("wrong checksum")
         checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
     except OSError:
         raise
-    except Exception:                                       # a damaged archive can raise anything
+    except Exception:                           # a damaged archive can raise anything
         raise ValueError("it is damaged, or contains more than weights")
     if missing := [key for key in keys if key not in checkpoint]:
         raise ValueError(f"it has no {', '.join(missing)}")

@@ -1,13 +1,13 @@
 """How do stories become the numbers that a model reads?
 
-    python prepare.py sample              # from data/grammar.txt: no download, half a minute
-    python prepare.py sample-instruct     # the same as records of TinyStories-Instruct
-    python prepare.py tinystories-small   # TinyStories' validation file: 19 MB
-    python prepare.py tinystories         # the paper's training data: 1.9 GB
-    python prepare.py tinystories-v2      # stories by GPT-4 only: 2.2 GB
-    python prepare.py instruct            # TinyStories-Instruct: 2.7 GB
-    python prepare.py mine --input stories.txt      # your own text, in any language
-    python prepare.py mine --grammar plots.txt      # your own grammar
+    python prepare.py sample             # from data/grammar.txt: no download, half a minute
+    python prepare.py sample-instruct    # the same as records of TinyStories-Instruct
+    python prepare.py tinystories-small  # TinyStories' validation file: 19 MB
+    python prepare.py tinystories        # the paper's training data: 1.9 GB
+    python prepare.py tinystories-v2     # stories by GPT-4 only: 2.2 GB
+    python prepare.py instruct           # TinyStories-Instruct: 2.7 GB
+    python prepare.py mine --input stories.txt  # your own text, in any language
+    python prepare.py mine --grammar plots.txt  # your own grammar
 
 Writes data/<name>/: train.bin and val.bin (uint16 token ids; <|endoftext|> ends each story),
 tokenizer.tiktoken and meta.json.
@@ -18,7 +18,6 @@ import base64
 import errno
 import hashlib
 import json
-import math
 import os
 import random
 import shlex
@@ -38,8 +37,8 @@ from data.grammar import FIELDS, GRAMMAR, Story, read_grammar
 from data.text import CHUNK_BYTES, EOT, HINT, read_stories
 
 HERE = Path(__file__).resolve().parent
-BPE_SAMPLE_BYTES = 100 << 20        # of the text from which a tokenizer is made
-FILES = ("train.bin", "val.bin", "tokenizer.tiktoken")      # of a data set, with meta.json
+BPE_SAMPLE_BYTES = 100 << 20  # of the text from which a tokenizer is made
+FILES = ("train.bin", "val.bin", "tokenizer.tiktoken")  # of a data set, with meta.json
 
 # Repository and revision on Hugging Face, and the files of each split.
 V1 = "roneneldan/TinyStories", "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"
@@ -52,16 +51,10 @@ SOURCES = {
                  {"val": "TinyStories-Instruct-valid.txt",
                   "train": "TinyStories-Instruct-train.txt"}),
 }
-SHA256 = {                          # of files at these revisions; the hub is asked for the others
+SHA256 = {  # for other files, the hub is asked
     "TinyStories-valid.txt": "94e431816c4cce81ff71e4408ff8d3bda9a42e8d2663986697c3954288cb38b4",
-    "TinyStories-train.txt": "c5cf5e22ff13614e830afbe61a99fbcbe8bcb7dd72252b989fa1117a368d401f",
-    "TinyStoriesV2-GPT4-valid.txt":
-        "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d",
-    "TinyStoriesV2-GPT4-train.txt":
-        "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443",
-    "TinyStories-Instruct-valid.txt":
-        "68559e01675940bd415fe0b629406897d6f6bfd40067ff411a9b1daf78260c05"}
-SAMPLES = ("sample", "sample-instruct")         # generated from data/grammar.txt
+    "TinyStories-train.txt": "c5cf5e22ff13614e830afbe61a99fbcbe8bcb7dd72252b989fa1117a368d401f"}
+SAMPLES = ("sample", "sample-instruct")  # generated from data/grammar.txt
 SAMPLE_STORIES = {"val": 1_000, "train": 30_000}
 
 
@@ -107,7 +100,7 @@ def read_all(files, separator):
 def choose_splits(files, separator):
     """Check all text -> for each story its split, or None for a repeated one; and counts of what
     was repaired or dropped. Without validation files, some training stories become validation."""
-    counts, seen, targets = Counter(), {}, []           # seen: hash of a story -> its position
+    counts, seen, targets = Counter(), {}, []  # seen: hash of a story -> its position
     for split, path in files:
         for stories in read_stories(path, counts, separator):
             for story in stories:
@@ -247,11 +240,9 @@ def prepare_dataset(args, folder):
                 "dtype": "uint16", "vocab_size": encoding.n_vocab, "eot": encoding.eot_token,
                 "pattern": encoding._pat_str, **stats, "counts": counts}
         if grammar:
-            meta["entropy_floor"] = {
-                "nats_per_token": nats["val"] / stats["val"]["tokens"],
-                "bits_per_byte": nats["val"] / math.log(2) / stats["val"]["bytes"]}
+            meta["entropy_floor"] = nats["val"] / stats["val"]["tokens"]  # nats per token
         write_meta(part, meta)
-        (folder / "meta.json").unlink(missing_ok=True)      # marks a complete data set
+        (folder / "meta.json").unlink(missing_ok=True)  # marks a complete data set
         for path in sorted(part.iterdir(), key=lambda path: path.name == "meta.json"):
             os.replace(path, folder / path.name)
     except OSError as error:
@@ -304,7 +295,7 @@ def main(argv=None):
             folder / "ckpt.pt").exists() or own_text and not (folder / "meta.json").exists():
         parser.error(f"{folder} has other files, which must stay; choose another name")
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):        # wait for another prepare.py
+    with FileLock(folder / ".lock"):  # wait for another prepare.py
         prepare_dataset(args, folder)
 
 

@@ -1,10 +1,10 @@
 """How does a trained model write a story?
 
-    python sample.py out/demo                                       # one story, token by token
+    python sample.py out/demo                # one story, token by token
     python sample.py out/demo --prompt "Once upon a time" -n 3 --temperature 0.5
-    python sample.py out/demo --prompt -                            # you begin, the model continues
+    python sample.py out/demo --prompt -     # you begin, the model continues
     python sample.py out/tiny_1l out/tiny_8l --prompt "Tom was sad" # side by side, as Markdown
-    python sample.py out/demo --without 1.0                         # without layer 1's head 0
+    python sample.py out/demo --without 1.0  # without layer 1's head 0
     python sample.py out/demo_instruct --words "find, boat, red" --features Dialogue,BadEnding
 """
 

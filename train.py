@@ -1,8 +1,8 @@
 """How does a transformer learn?
 
-    python train.py config/demo.py                              # on a laptop, in minutes
-    python train.py config/tiny_8l.py --learning_rate=1e-3      # every setting can be overridden
-    torchrun --standalone --nproc_per_node=4 train.py config/tiny_8l.py         # several GPUs
+    python train.py config/demo.py                          # on a laptop, in minutes
+    python train.py config/tiny_8l.py --learning_rate=1e-3  # every setting can be overridden
+    torchrun --standalone --nproc_per_node=4 train.py config/tiny_8l.py  # several GPUs
 
 Writes out/<config>/: ckpt.pt, tokenizer, log.csv and loss.png. Stop it at any time (Ctrl-C); run
 the same command to continue exactly where it stopped.
@@ -36,40 +36,40 @@ import prepare
 from data import common
 from model import GPT, GPTConfig, best_dtype, find_device, load_model, read_checkpoint, tune_malloc
 
-RANK = int(os.environ.get("RANK", 0))               # torchrun sets these for each process
+RANK = int(os.environ.get("RANK", 0))  # torchrun sets these for each process
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 @dataclass
-class Settings(GPTConfig):                  # the model's settings, and:
-    dataset: str = "tinystories"            # a name under data/, or the path of a prepared folder
-    out_dir: str = ""                       # default: out/<name of the config>
-    init_from: str = ""                     # start from the weights of another run
+class Settings(GPTConfig):            # the model's settings, and:
+    dataset: str = "tinystories"      # a name under data/, or the path of a prepared folder
+    out_dir: str = ""                 # default: out/<name of the config>
+    init_from: str = ""               # start from the weights of another run
     # optimization
-    optimizer: str = "muon"                 # muon (matrices; AdamW for the rest) or adamw
-    learning_rate: float = 5e-3             # the peak
+    optimizer: str = "muon"           # muon (matrices; AdamW for the rest) or adamw
+    learning_rate: float = 5e-3       # the peak
     warmup_steps: int = 50
-    cooldown_frac: float = 0.6              # fraction of the steps in which the rate falls to 0
-    momentum: float = 0.85                  # of Muon
-    beta2: float = 0.99                     # of AdamW
-    weight_decay: float = 0.3               # of matrices
-    grad_clip: float = 1.0                  # maximum gradient norm; 0 = off
-    total_batch_size: int = 65_536          # tokens per step, over all processes
-    micro_batch: int = 0                    # rows per forward pass (memory only); 0 = automatic
+    cooldown_frac: float = 0.6        # fraction of the steps in which the rate falls to 0
+    momentum: float = 0.85            # of Muon
+    beta2: float = 0.99               # of AdamW
+    weight_decay: float = 0.3         # of matrices
+    grad_clip: float = 1.0            # maximum gradient norm; 0 = off
+    total_batch_size: int = 65_536    # tokens per step, over all processes
+    micro_batch: int = 0              # rows per forward pass (memory only); 0 = automatic
     max_steps: int = 7_000
     # evaluation, logging, saving: intervals in steps; 0 = only at the end
     eval_interval: int = 250
-    eval_tokens: int = 16_384               # validation tokens read each time; 0 = all
-    final_eval_tokens: int = 163_840        # validation tokens read after the last step; 0 = all
+    eval_tokens: int = 16_384         # validation tokens read each time; 0 = all
+    final_eval_tokens: int = 163_840  # validation tokens read after the last step; 0 = all
     log_interval: int = 20
     save_interval: int = 500
-    keep_checkpoints: bool = False          # also keep the weights of each save, as ckpt_<step>.pt
+    keep_checkpoints: bool = False    # also keep the weights of each save, as ckpt_<step>.pt
     # machine
     seed: int = 0
-    device: str = "auto"                    # auto, cpu, cuda, mps
-    dtype: str = "auto"                     # auto, bfloat16, float16, float32
-    compile: bool = True                    # torch.compile, on CUDA
-    overwrite: bool = False                 # delete the run that is in out_dir
+    device: str = "auto"              # auto, cpu, cuda, mps
+    dtype: str = "auto"               # auto, bfloat16, float16, float32
+    compile: bool = True              # torch.compile, on CUDA
+    overwrite: bool = False           # delete the run that is in out_dir
 
     options = GPTConfig.options | dict(optimizer=("muon", "adamw"),
                                        dtype=("auto", "bfloat16", "float16", "float32"))
@@ -88,7 +88,7 @@ class Settings(GPTConfig):                  # the model's settings, and:
 MAY_CHANGE = {"max_steps", "eval_interval", "eval_tokens", "final_eval_tokens", "log_interval",
               "save_interval", "keep_checkpoints", "overwrite", "out_dir", "micro_batch", "device",
               "compile"}
-SAMPLE_STEPS = {25 * 2 ** i for i in range(12)}     # a sample of text at steps 25, 50, 100, ...
+SAMPLE_STEPS = {25 * 2 ** i for i in range(12)}  # a sample of text at steps 25, 50, 100, ...
 
 
 # -------------------------------------------------------------------------------------- settings
@@ -119,7 +119,7 @@ def convert(value, kind):
     try:
         return kind(value) if isinstance(value, str) else value
     except ValueError:
-        return value                                # Settings will refuse it
+        return value  # Settings will refuse it
 
 
 def load_settings(argv):
@@ -188,7 +188,7 @@ def get_batch(file, block_size, rows, seed):
         offset, order = epoch_order(n_windows, block_size, seed, epoch)
         start = offset + int(order[i]) * block_size
         windows.append(data[start:start + block_size + 1].astype(np.int64))
-    batch = torch.from_numpy(np.stack(windows))                     # (rows, block_size + 1)
+    batch = torch.from_numpy(np.stack(windows))  # (rows, block_size + 1)
     return batch[:, :-1], batch[:, 1:]
 
 
@@ -204,9 +204,9 @@ def validation_batches(file, eot, block_size, eval_tokens, rows=16):
     x, y = (torch.from_numpy(data[i:i + n]).view(-1, block_size) for i in (0, 1))
     windows = list(zip(x.split(rows), y.split(rows)))
 
-    stories = np.split(data, np.flatnonzero(data == eot) + 1)               # each ends with eot
+    stories = np.split(data, np.flatnonzero(data == eot) + 1)  # each ends with eot
     stories = [np.append(eot, story)[:block_size + 1] for story in stories if len(story)]
-    stories.sort(key=len)                               # similar lengths together: little padding
+    stories.sort(key=len)  # similar lengths together: little padding
     whole = []
     for i in range(0, len(stories), rows):
         batch = [torch.from_numpy(story) for story in stories[i:i + rows]]
@@ -246,8 +246,8 @@ def orthogonalize(x):
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
         a = x @ x.mT
-        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)      # -4.7750 a + 2.0315 a @ a
-        x = torch.baddbmm(x, b, x, beta=3.4445)                     # 3.4445 x + b @ x
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)  # -4.7750 a + 2.0315 a @ a
+        x = torch.baddbmm(x, b, x, beta=3.4445)                 # 3.4445 x + b @ x
     return x.mT if tall else x
 
 
@@ -267,7 +267,7 @@ class Muon(torch.optim.Optimizer):
                 for p in params:
                     momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                     momentum.lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(momentum, group["momentum"]))    # Nesterov
+                    updates.append(p.grad.lerp(momentum, group["momentum"]))  # Nesterov
                 updates = orthogonalize(torch.stack(updates).view(-1, *shape[-2:]))
                 scale = group["lr"] * 0.2 * math.sqrt(max(shape[-2:]))
                 for p, update in zip(params, updates.view(-1, *shape)):
@@ -307,11 +307,11 @@ class Run:
     optimizers: list
     scaler: torch.amp.GradScaler
     step: int = 0
-    seconds: float = 0.0                            # training time, without evaluation
-    loss_sum: float = 0.0                           # since the last line of the log
+    seconds: float = 0.0                     # training time, without evaluation
+    loss_sum: float = 0.0                    # since the last line of the log
     loss_steps: int = 0
     micro_batch: int = 0
-    log: list = field(default_factory=list)         # one dict per line of log.csv
+    log: list = field(default_factory=list)  # one dict per line of log.csv
 
 
 COUNTERS = ("step", "seconds", "loss_sum", "loss_steps", "micro_batch", "log")
@@ -334,7 +334,7 @@ def save_checkpoint(settings, run, meta):
             with common.atomic_write(folder / f"ckpt_{run.step:06}.pt") as file:
                 torch.save(weights, file)
         return True
-    except (OSError, RuntimeError) as error:        # torch reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         print0(f"Cannot save {folder}/ckpt.pt: {error}", sys.stderr)
         return False
 
@@ -344,7 +344,7 @@ def load_checkpoint(settings, run, meta):
     path, new = Path(settings.out_dir, "ckpt.pt"), asdict(settings)
     if settings.overwrite:
         for old in path.parent.glob("ckpt*.pt"):
-            old.unlink(missing_ok=True)             # another process may have been first
+            old.unlink(missing_ok=True)  # another process may have been first
     if not path.exists():
         return
     try:
@@ -392,7 +392,7 @@ def write_log(folder, log, entropy_floor=None):
         common.write_text(folder / "log.csv",
                            "".join(",".join(map(str, line)) + "\n" for line in lines))
         plot_loss(folder, log, entropy_floor)
-    except Exception as error:                      # neither is worth stopping a training run
+    except Exception as error:  # neither is worth stopping a training run
         print0(f"Cannot write log.csv or loss.png: {error!r}", sys.stderr)
 
 
@@ -422,7 +422,7 @@ def print0(text, file=None):
         if RANK == 0:
             print(text, file=file, flush=True)
     except (OSError, ValueError):
-        sys.stdout = sys.stderr = None              # Python then ignores all further prints
+        sys.stdout = sys.stderr = None  # Python then ignores all further prints
 
 
 # ---------------------------------------------------------------------------- machine and processes
@@ -433,11 +433,11 @@ def setup_device(settings):
     device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
     if name == "cuda":
         torch.cuda.set_device(device)
-    if WORLD_SIZE > 1:                              # the others wait while one downloads the data
+    if WORLD_SIZE > 1:                          # the others wait while one downloads the data
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=4))
     dtype = best_dtype(name) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     autocast = torch.autocast(name, dtype) if dtype != torch.float32 else nullcontext()
-    torch.set_float32_matmul_precision("high")      # float32 products may use TF32
+    torch.set_float32_matmul_precision("high")  # float32 products may use TF32
     tune_malloc()
     return device, dtype, autocast
 
@@ -457,7 +457,7 @@ def choose_micro_batch(settings, device):
         return min(settings.micro_batch, rows)
     if device.type == "cpu":
         return min(rows, max(1, 4_096 // settings.block_size))
-    bytes_per_row = 48 * settings.n_layer * settings.n_embd * settings.block_size       # roughly
+    bytes_per_row = 48 * settings.n_layer * settings.n_embd * settings.block_size  # roughly
     memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 8e9
     return min(rows, max(1, int(0.6 * memory / bytes_per_row)))
 
@@ -470,9 +470,9 @@ def catch_signals():
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):                        # Windows has no SIGHUP
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):                   # Windows has no SIGHUP
         number = getattr(signal, name, None)
-        if number and signal.getsignal(number) != signal.SIG_IGN:       # nohup ignores SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, handler)
     return received
 
@@ -506,7 +506,7 @@ def training_step(run, settings, device, autocast, loss_fn, file, signals):
     for row in range(first, first + n_rows, run.micro_batch):
         rows = range(row, min(row + run.micro_batch, first + n_rows))
         x, y = get_batch(file, settings.block_size, rows, settings.seed)
-        if device.type == "cuda":                   # pinned memory is copied while the GPU works
+        if device.type == "cuda":  # pinned memory is copied while the GPU works
             x, y = x.pin_memory(), y.pin_memory()
         with autocast:
             _, loss = loss_fn(x.to(device, non_blocking=True), y.to(device, non_blocking=True))
@@ -576,7 +576,7 @@ def train(settings, signals=list):
         folder.mkdir(parents=True, exist_ok=True)
         if device.type != "cuda" and not (folder / "ckpt.pt").exists():
             announce_duration(settings, device, autocast)
-        load_dataset(settings.dataset)              # prepare it once; the other processes wait
+        load_dataset(settings.dataset)  # prepare it once; the other processes wait
     if WORLD_SIZE > 1:
         dist.barrier()
     data, meta = load_dataset(settings.dataset)
@@ -586,8 +586,8 @@ def train(settings, signals=list):
                          f"needs {2 * T}.")
     quick_eval, final_eval = (validation_batches(data / "val.bin", meta["eot"], T, n)
                               for n in (settings.eval_tokens, settings.final_eval_tokens))
-    beginning = np.fromfile(data / "val.bin", np.uint16, 8).tolist()    # of a validation story
-    entropy_floor = meta.get("entropy_floor", {}).get("nats_per_token")
+    beginning = np.fromfile(data / "val.bin", np.uint16, 8).tolist()  # of a validation story
+    entropy_floor = meta.get("entropy_floor")  # of the grammar, nats per token
 
     run = start_run(settings, meta, tokenizer, device, dtype)
     compiled = settings.compile and device.type == "cuda"
@@ -596,23 +596,23 @@ def train(settings, signals=list):
         for name in ("tokenizer.tiktoken", "meta.json"):
             common.write_text(folder / name, (data / name).read_text(encoding="utf-8"))
 
-    file = open(data / "train.bin", "rb")           # kept open: new data does not replace it
+    file = open(data / "train.bin", "rb")  # kept open: new data does not replace it
     signals, stop, saved, first_step = signals(), False, True, run.step
     clock, clock_step, printed = time.time(), run.step, 0.0
     while run.step < settings.max_steps and not stop:
         result = training_step(run, settings, device, autocast, loss_fn, file, signals)
-        if result is None:                          # interrupted: the unfinished step is dropped
+        if result is None:                 # interrupted: the unfinished step is dropped
             stop = True
             break
         lr, grad_norm = result
         last = run.step == settings.max_steps
         log_due, eval_due, save_due = (last or every > 0 and run.step % every == 0 for every in (
             settings.log_interval, settings.eval_interval, settings.save_interval))
-        print_due = log_due or time.time() - printed > 10       # the first step prints at once
+        print_due = log_due or time.time() - printed > 10  # the first step prints at once
         sample_due = last or run.step in SAMPLE_STEPS
         if WORLD_SIZE > 1 and (log_due or device.type == "cpu"):
             stop_votes = torch.tensor(len(signals), device=device)
-            dist.all_reduce(stop_votes)             # all processes stop after the same step
+            dist.all_reduce(stop_votes)    # all processes stop after the same step
             stop = stop_votes.item() > 0
         if not (print_due or eval_due or sample_due or save_due):
             continue
@@ -620,7 +620,7 @@ def train(settings, signals=list):
         if WORLD_SIZE > 1 and (log_due or eval_due or save_due):
             dist.all_reduce(run.loss_sum)
             run.loss_sum /= WORLD_SIZE
-        loss, grad_norm = float(run.loss_sum) / run.loss_steps, float(grad_norm)    # GPU syncs
+        loss, grad_norm = float(run.loss_sum) / run.loss_steps, float(grad_norm)  # GPU syncs
         if not math.isfinite(loss if run.scaler.is_enabled() else loss + grad_norm):
             why = "Try a smaller --learning_rate." if run.step > 1 else "Check model.py."
             raise SystemExit(f"The loss is {loss:.4g} and the gradient norm {grad_norm:.4g} after "

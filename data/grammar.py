@@ -1,6 +1,6 @@
 """What is a story made of?
 
-    rules, plots = read_grammar()                           # data/grammar.txt explains its format
+    rules, plots = read_grammar()  # data/grammar.txt explains its format
     print(Story(rules, plots, random.Random(0)).text)
 """
 
@@ -22,7 +22,7 @@ def read_grammar(path=GRAMMAR):
     except (OSError, ValueError) as error:
         raise SystemExit(f"Cannot read {path} as UTF-8 text: {error}")
     text = re.sub(r"(?m)^#.*\n", "", text)
-    text = re.sub(r"\n[ \t]+(?=\S)", " ", text)         # an indented line continues the one before
+    text = re.sub(r"\n[ \t]+(?=\S)", " ", text)  # an indented line continues the one before
     rule, fact = r"(?m)^(\w+)(?: \((.*?)\))? ([=:]) (.*)", r"(?m)^(words|summary) (.*)"
     rules, plots = {}, []
     for name, shared, kind, options in re.findall(rule, text):
@@ -53,14 +53,14 @@ class Story:
     .nats, the sum of log n over all choices among n options. Other choices may give the same text:
     it is an upper bound of -log p(text)."""
 
-    def __init__(self, rules, plots, rng, replay=()):   # replay: indices of the first choices
+    def __init__(self, rules, plots, rng, replay=()):  # replay: indices of the first choices
         self.rules, self.plots, self.rng, self.replay = rules, plots, rng, iter(replay)
         self.nats, self.bindings, self.choices = 0.0, {}, []
         self.plot = self.choose(plots)
         text = "\n\n".join(self.expand(self.choose(scene)) for scene in self.plot["scenes"])
         self.features = {*re.findall(r"\[(\w+)\]", text), *(["Dialogue"] if '"' in text else [])}
         self.text = re.sub(r" ?\[\w+\]", "", text)
-        self.n_choices = len(self.choices)              # record() makes more
+        self.n_choices = len(self.choices)             # record() makes more
 
     def choose(self, options):
         number = next(self.replay, None)
@@ -83,22 +83,22 @@ class Story:
         return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
 
     def fill(self, inside):
-        if "|" in inside:                               # {red|blue}: one of these
+        if "|" in inside:                      # {red|blue}: one of these
             return self.choose(inside.split("|"))
-        name, _, form = inside.partition(".")           # {toy}, {Toy}, {hero.he}, {hero.He}
+        name, _, form = inside.partition(".")  # {toy}, {Toy}, {hero.he}, {hero.He}
         capital = (form or name)[:1].isupper()
         name, form = name[:1].lower() + name[1:], form.lower()
         forms = self.bindings.get(name) or self.draw_entry(name)
         if self.rules[name][0] and name not in self.bindings:
             if forms[""] in [other[""] for other in self.bindings.values()]:
-                return self.fill(inside)                # again: all variables differ
+                return self.fill(inside)       # again: all variables differ
             self.bindings[name] = forms
         return forms[form][:1].upper() + forms[form][1:] if capital else forms[form]
 
     def draw_entry(self, name):
         """Draw an entry of a rule -> {form: text}."""
         entry = self.choose(self.rules[name][1])
-        if inner := re.fullmatch(r"\{(\w+)\}", entry[""]):      # a list of lists: the inner forms
+        if inner := re.fullmatch(r"\{(\w+)\}", entry[""]):  # a list of lists: the inner forms
             forms = self.draw_entry(inner[1])
             return {**forms, **entry, "": forms[""]}
         text = self.expand(entry[""])
@@ -125,7 +125,7 @@ def format_record(text, choose, values):
     """A record of TinyStories-Instruct: some fields in random order, then the story. choose: picks
     from a list; values: {field: text or ""}, without the random sentence."""
     sentences = [sentence for sentence in split_sentences(text)[1:] if "\n" not in sentence
-                 and len(re.findall('["“”]', sentence)) % 2 == 0]       # quotes are closed
+                 and len(re.findall('["“”]', sentence)) % 2 == 0]  # quotes are closed
     values = {**values, "Random sentence": choose(sentences or [""])}
     order = choose([order for order in FIELD_ORDERS if all(map(values.get, order))])
     return f"{format_instructions({field: values[field] for field in order})} \n\n{text}"

@@ -265,8 +265,8 @@ def test_a_grammar_becomes_a_data_set_with_its_entropy(tmp_path, monkeypatch):
     (tmp_path / "g.txt").write_text(grammar)
     prepare.main([str(tmp_path / "set"), "--grammar", str(tmp_path / "g.txt")])
     meta = prepare.verify_dataset(tmp_path / "set")
-    bits = meta["entropy_floor"]["bits_per_byte"] * meta["val"]["bytes"]
-    assert bits == pytest.approx(50 * 3 * math.log2(40)) and not prepare.grammar_changed(meta)
+    nats = meta["entropy_floor"] * meta["val"]["tokens"]
+    assert nats == pytest.approx(50 * 3 * math.log(40)) and not prepare.grammar_changed(meta)
 
 
 @pytest.mark.parametrize("name", [*prepare.FILES, "meta.json"])

@@ -109,7 +109,7 @@ def main(argv=None):
              "![curves](dynamics.png)"]
     parts += [f"{prompt} ...\n\n{lines}" for prompt, lines in continuations.items()]
     common.write_text(folder / "dynamics.md", "\n\n".join(parts) + "\n")
-    entropy = meta.get("entropy_floor", {}).get("nats_per_token")
+    entropy = meta.get("entropy_floor")
     plot_curves(folder / "dynamics.png", losses, checks, entropy)
     print(f"\n{parts[1]}\n\nThe report: {folder / 'dynamics.md'}")
 

@@ -67,7 +67,7 @@ def measure_run(settings, n):
             "tokens": settings.max_steps * settings.total_batch_size, "scores": scores,
             "story_loss": read_log(settings.out_dir, "story_loss")[-1][1],
             "curve": [(flops * step, loss) for step, loss in losses],
-            "entropy": meta.get("entropy_floor", {}).get("nats_per_token")}
+            "entropy": meta.get("entropy_floor")}
 
 
 def fit_law(N, L, E=None):

@@ -65,7 +65,7 @@ def grammar_data(tmp_path_factory, stories):
                       "--vocab_size", "2048"])
     small = folder / "data" / "small"
     prepare.write_meta(small, prepare.read_meta(small) | {
-        "dataset": "sample", "entropy_floor": {"nats_per_token": 0.26}})
+        "dataset": "sample", "entropy_floor": 0.26})
     return small
 
 
