@@ -58,7 +58,7 @@ SAMPLES = ("sample", "sample-instruct")  # generated from data/grammar.txt
 SAMPLE_STORIES = {"val": 1_000, "train": 30_000}
 
 
-# --------------------------------------------------------------------------------- text to stories
+# ---------------------------------------------------- text to stories
 
 def json_hash(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
@@ -127,7 +127,7 @@ def choose_splits(files, separator):
     return targets, +counts
 
 
-# -------------------------------------------------------------------------------- prepared folders
+# --------------------------------------------------- prepared folders
 
 def write_meta(folder, meta):
     """Write meta.json, with checksums of the files next to it and of its own entries."""

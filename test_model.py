@@ -64,7 +64,7 @@ def model(request):
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
 
 
-# ------------------------------------------------------------------------------------------- model
+# -------------------------------------------------------------- model
 
 def test_future_tokens_cannot_change_the_past(model):
     a, b = random_ids(1, 40), random_ids(1, 40, seed=1)
@@ -208,7 +208,7 @@ def test_a_gpu_computes_what_a_cpu_does(model):
                                atol=2e-3, rtol=1e-3)
 
 
-# ---------------------------------------------------------------------------------------- sampling
+# ----------------------------------------------------------- sampling
 
 def test_rows_of_different_lengths_do_not_disturb_each_other(model):
     prompts = [random_ids(1, n, seed=n)[0].tolist() for n in (3, 17, 8)]
@@ -267,7 +267,7 @@ def test_non_finite_logits_are_an_error_not_the_end_of_a_story(bad):
         model.generate([[5]], 10)
 
 
-# ------------------------------------------------------------------------------------ training data
+# ------------------------------------------------------ training data
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
@@ -319,7 +319,7 @@ def test_bits_per_byte_counts_the_bytes_of_the_text(data):
     assert factor == pytest.approx(len(ids) / 22 / math.log(2))
 
 
-# ----------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------- training
 
 def settings(data, out, *changes):
     options = dict(dataset=data, out_dir=out, n_layer=2, n_head=2, n_embd=32, block_size=32,
@@ -548,7 +548,7 @@ def test_the_learning_rate_warms_up_stays_and_cools_down(data):
     assert rates[54] == pytest.approx(49 / 50) and rates[102] == pytest.approx(1 / 50)
 
 
-# ---------------------------------------------------------------------------------------- settings
+# ----------------------------------------------------------- settings
 
 def test_config_files_and_options_are_read_in_order(tmp_path):
     (tmp_path / "c.py").write_text("from math import pi\n_half = 2\nn_head = _half\nn_embd = 64\n")
@@ -584,7 +584,7 @@ def test_every_config_file_is_valid(name):
     assert train.load_settings([str(HERE / "config" / f"{name}.py")]).out_dir == f"out/{name}"
 
 
-# --------------------------------------------------------------------------------- writing stories
+# ---------------------------------------------------- writing stories
 
 def test_streamed_text_equals_generated_text(finished):
     model, tokenizer, _ = sample.load_run(finished)
@@ -637,7 +637,7 @@ def test_the_shipped_model_fits_model_py_and_the_grammar():
     assert 1 < nats / entropy < 1.06
 
 
-# ----------------------------------------------------------------------------------------- grading
+# ------------------------------------------------------------ grading
 
 GRADES = '{"grammar": 8, "creativity": 7, "consistency": 6, "plot": 5, "age": "D"}'
 
@@ -696,7 +696,7 @@ def test_completions_are_cached_by_checkpoint_and_code(tmp_path, monkeypatch):
     assert batches == [1, 2, 2, 4]
 
 
-# ------------------------------------------------------------------------------ servers of judges
+# -------------------------------------------------- servers of judges
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):

@@ -91,7 +91,7 @@ MAY_CHANGE = {"max_steps", "eval_interval", "eval_tokens", "final_eval_tokens", 
 SAMPLE_STEPS = {25 * 2 ** i for i in range(12)}  # a sample of text at steps 25, 50, 100, ...
 
 
-# -------------------------------------------------------------------------------------- settings
+# ----------------------------------------------------------- settings
 
 def usage_error(message):
     print(f"train.py: {message}", file=sys.stderr)
@@ -149,7 +149,7 @@ def load_settings(argv):
         usage_error(error)
 
 
-# ------------------------------------------------------------------------------------------ data
+# --------------------------------------------------------------- data
 
 def load_dataset(name):
     """-> folder, meta.json. A missing data set that prepare.py knows is prepared."""
@@ -235,7 +235,7 @@ def evaluate(model, batches, device, autocast):
     return total / count
 
 
-# ------------------------------------------------------------------------------------- optimizers
+# --------------------------------------------------------- optimizers
 
 def orthogonalize(x):
     """Matrices (n, rows, columns) -> nearest matrices with all singular values near 1, by five
@@ -298,7 +298,7 @@ def lr_multiplier(settings, step):
     return min(1.0, left / max(settings.cooldown_frac, 1e-9))
 
 
-# ---------------------------------------------------------------------------- checkpoints and logs
+# ----------------------------------------------- checkpoints and logs
 
 @dataclass
 class Run:
@@ -425,7 +425,7 @@ def print0(text, file=None):
         sys.stdout = sys.stderr = None  # Python then ignores all further prints
 
 
-# ---------------------------------------------------------------------------- machine and processes
+# ---------------------------------------------- machine and processes
 
 def setup_device(settings):
     """-> device, number format and autocast context of this process. Joins those of torchrun."""
@@ -491,7 +491,7 @@ def announce_duration(settings, device, autocast):
                "laptop: python train.py config/tiny_laptop.py, or config/demo.py")
 
 
-# ------------------------------------------------------------------------------------ the training
+# ------------------------------------------------------- the training
 
 def model_config(settings):
     return GPTConfig(**{f.name: getattr(settings, f.name) for f in fields(GPTConfig)})

@@ -38,7 +38,7 @@ def encode_stories(encoding, stories):
         return np.concatenate([np.zeros(0, np.uint32), *rows])
 
 
-# -------------------------------------------------------------------------------- learn new tokens
+# --------------------------------------------------- learn new tokens
 
 def learn_bpe(sample, vocab_size):
     """A tokenizer learned from a sample (lists of stories)."""
@@ -110,7 +110,7 @@ def train_bpe(words, vocab_size):
     return merges
 
 
-# --------------------------------------------------------------- keep tokens of a larger vocabulary
+# --------------------------------- keep tokens of a larger vocabulary
 
 def gpt2_ranks():
     try:

@@ -21,7 +21,7 @@ TIMEOUT = 10, 60                    # seconds to connect, and without any data
 BACKOFF = 1.0                       # seconds before a retry; then more
 
 
-# ------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------- files
 
 @contextmanager
 def atomic_write(path):
@@ -56,7 +56,7 @@ def file_sha256(path):
     return hashlib.sha256(file_bytes(path)).hexdigest()
 
 
-# --------------------------------------------------------------------------------------- downloads
+# ---------------------------------------------------------- downloads
 
 def hub_url(repo, revision, file, kind="datasets/"):
     host = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
@@ -142,7 +142,7 @@ def receive(session, url, part, have, size, etag, bar):
                 raise requests.ConnectionError(f"only {file.tell():,} of {size:,} bytes arrived")
 
 
-# ------------------------------------------------------------------------------- text on the screen
+# ------------------------------------------------- text on the screen
 
 def progress(label, total, unit="B"):
     """A progress bar; in a pipe, one line every ten seconds."""

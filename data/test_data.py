@@ -22,7 +22,7 @@ from data.bpe import BPE_PATTERN, merge, prune_bpe, train_bpe
 from data.common import download
 from data.grammar import Story, read_grammar, split_sentences
 
-# ------------------------------------------------------------------------------------- the grammar
+# -------------------------------------------------------- the grammar
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_a_grammar_is_utf_8_with_or_without_a_byte_order_mark(tmp_path):
             read_grammar(wrong)
 
 
-# -------------------------------------------------------------------------------------- tokenizers
+# --------------------------------------------------------- tokenizers
 
 def test_bpe_by_hand():
     assert train_bpe({"low": 5, "lower": 2}, 257 + 4) == [
@@ -146,7 +146,7 @@ def test_our_bpe_keeps_vowel_signs_with_their_letters():
     assert regex.findall(BPE_PATTERN, "हिन्दी की") == ["हिन्दी", " की"]
 
 
-# --------------------------------------------------------------------------------------- data sets
+# ---------------------------------------------------------- data sets
 
 RAW = ("Onçe upon 雪.\r\nYes.\n<|endoftext|>\nTwo â€œwordsâ€\x9d.\n<|endoftext|>\n \n"
        "<|endoftext|>Onçe upon 雪.\nYes.<|endoftext|>\nIn both.\n<|endoftext|>\n"
@@ -316,7 +316,7 @@ def test_preparing_may_be_killed_at_any_moment(tmp_path):
     assert prepare.verify_dataset(tmp_path / "set")["val"]["stories"] == 50
 
 
-# --------------------------------------------------------------------------------------- downloads
+# ---------------------------------------------------------- downloads
 
 class Hub(http.server.BaseHTTPRequestHandler):
     """A hub that misbehaves: `faults` says how it answers one GET after the other."""

@@ -22,7 +22,7 @@ import prepare
 from data import common
 from data.grammar import format_record
 
-# --------------------------------------------------------------- the request: change it as you like
+# --------------------------------- the request: change it as you like
 FEATURES = {
     "Dialogue": "somebody speaks", "BadEnding": "the ending is sad",
     "MoralValue": "there is a lesson", "Twist": "something unexpected happens",

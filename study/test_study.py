@@ -41,7 +41,7 @@ from study import (
     teacher,
 )
 
-# ---------------------------------------------------------------------------------- our own grammar
+# ---------------------------------------------------- our own grammar
 
 TINY = ["--block_size=128", "--total_batch_size=256", "--device=cpu", "--dtype=float32",
         "--eval_tokens=640", "--final_eval_tokens=640"]
@@ -81,7 +81,7 @@ def model(tokenizer):
                          n_embd=32, window=8)).eval()
 
 
-# ------------------------------------------------------------------------------- checks of endings
+# -------------------------------------------------- checks of endings
 
 def test_charges_are_where_the_options_differ(stories, tokenizer, tmp_path):
     rules = "girl (boy=girl) = Ann | Zoe\nboy (boy=boy) = Al | Bo\nhero = {girl} | {boy}"
@@ -126,7 +126,7 @@ def test_each_check_finds_its_fault(stories, check, right, wrong):
     assert sum(found) > 9 and sum(found) > len(found) / 3       # the rest was not decided yet
 
 
-# ---------------------------------------------------------------------- minimal pairs, autopsy
+# --------------------------------------------- minimal pairs, autopsy
 
 def test_minimal_pairs_point_at_the_right_token(stories, tokenizer):
     kinds = set()
@@ -173,7 +173,7 @@ def test_autopsy_names_the_wrong_and_the_right_word(stories, tokenizer, model):
     assert "wrong: blue, probability" in text and "right: pink, probability" in text
 
 
-# ------------------------------------------------------------------------ scaling and dynamics
+# ----------------------------------------------- scaling and dynamics
 
 def test_the_scaling_law_is_recovered_from_exact_losses():
     N = np.geomspace(1e4, 1e6, 9)
@@ -232,7 +232,7 @@ def test_dynamics_says_what_is_wrong_with_a_run(kept_run):
         dynamics.main([str(kept_run)])
 
 
-# --------------------------------------------------------------------------------- the explore page
+# --------------------------------------------------- the explore page
 
 CHROME = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
@@ -382,7 +382,7 @@ def test_a_page_that_would_be_too_large_is_refused(tmp_path, monkeypatch):
         explore.main([str(tmp_path)])
 
 
-# -------------------------------------------------------------------- exchange, memorization, speed
+# -------------------------------------- exchange, memorization, speed
 
 @pytest.fixture(scope="module")
 def data(grammar_data, tmp_path_factory):
@@ -569,7 +569,7 @@ def test_the_notebook_runs_from_top_to_bottom_twice(data, tmp_path, monkeypatch)
         assert len(names["page"]) > 10_000
 
 
-# ---------------------------------------------------------------------------------------- the judge
+# ---------------------------------------------------------- the judge
 
 GRADES = {"grammar": 8, "creativity": 7, "consistency": 6, "plot": 5, "age": "D"}
 server = test_model.server         # the fixture: a judge on this machine
