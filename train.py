@@ -279,13 +279,13 @@ def make_optimizers(model, settings, device):
     matrices, others = [], []
     for name, p in model.named_parameters():
         (matrices if name.startswith("blocks.") and p.ndim >= 2 else others).append(p)
-    matrices = {"params": matrices, "weight_decay": settings.weight_decay}
+    decayed = {"params": matrices, "weight_decay": settings.weight_decay}
     groups, optimizers = [{"params": others, "weight_decay": 0.0}], []
     lr = settings.learning_rate
     if settings.optimizer == "muon":
-        optimizers.append(Muon([matrices], dict(lr=lr, momentum=settings.momentum)))
+        optimizers.append(Muon([decayed], dict(lr=lr, momentum=settings.momentum)))
     else:
-        groups.append(matrices)
+        groups.append(decayed)
     adamw = torch.optim.AdamW(groups, lr, (0.9, settings.beta2), fused=device.type == "cuda")
     return [adamw, *optimizers]
 

@@ -36,7 +36,7 @@ def read_lines(path):
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
         try:
             records.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             pass
     return [record for record in records if isinstance(record, dict)]
 
@@ -57,7 +57,7 @@ def read_reply(body):
         return {"text": text, "finish": choices[-1].get("finish_reason"),
                 "model": chunks[-1].get("model"), "date": time.strftime("%Y-%m-%d %H:%M"),
                 "tokens": [usage.get("prompt_tokens"), usage.get("completion_tokens")]}
-    except (LookupError, TypeError, AttributeError, ValueError):
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
         return None
 
 
