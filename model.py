@@ -32,12 +32,12 @@ class GPTConfig:
     qk_norm: bool = True         # RMS-normalize queries and keys
     bias: bool = False           # biases in linear layers (not in q, k, v), as in GPT-Neo
     window: int = 0              # every second layer sees only this many tokens; 0 = all
-    init: str = "zero"           # residual branches start at zero, as a copying head, or normal
+    init: str = "zero"           # of residual branches: zero, copy (a copying head) or normal
     value_residual: bool = True  # mix the first layer's values into all others
 
+    # Allowed values; no settings, as they have no type.
     options = dict(pos=("rope", "learned"), norm=("rms", "layer"), act=("relu2", "gelu"),
                    init=("zero", "copy", "normal"))
-
     positive = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
 
     def __post_init__(self):
@@ -58,7 +58,7 @@ class GPTConfig:
                              "(2 * n_head)")
 
 
-# ---------------------------------------------------- building blocks
+# ------------------------------------- building blocks
 
 def make_norm(config):
     if config.norm == "layer":
@@ -67,11 +67,12 @@ def make_norm(config):
 
 
 def precompute_rope(block_size, D, base=10_000.0):
-    """Cosines and sines of the rotary angles (arXiv 2104.09864) -> (2, block_size, D)."""
+    """Cosines and sines of the rotary angles (arXiv 2104.09864), the factors of x and x.roll in
+    apply_rope -> (2, block_size, D)."""
     freqs = base ** (-torch.arange(0, D, 2).float() / D)           # (D / 2,)
     angles = torch.outer(torch.arange(block_size).float(), freqs)  # (block_size, D / 2)
     cos, sin = angles.cos(), angles.sin()
-    return torch.stack((torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)))  # for x, x.roll
+    return torch.stack((torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)))
 
 
 def apply_rope(x, rope):
@@ -97,7 +98,7 @@ def attention(q, k, v, window=0):
     """Causal attention of the last T of S positions. q (B, H, T, D), k and v (B, H, S, D)
     -> (B, H, T, D)."""
     T, bias = q.size(2), attention_bias(q, k.size(2), window)
-    if T > 1 and q.device.type != "cpu":                  # fused: never stores the scores
+    if T > 1 and q.device.type != "cpu":  # fused: never stores the scores
         return F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None)
     # Written out: faster than the fused kernel on a CPU in bfloat16, and for a single query on a
     # GPU, where cuDNN would plan its kernel again for each new S.
@@ -108,7 +109,7 @@ def attention(q, k, v, window=0):
 
 
 class KVCache:
-    """Keys and values of the tokens read so far: (n_layer, B, H, block_size, D), S are used."""
+    """Keys and values (n_layer, B, H, block_size, D) of the first `length` tokens."""
 
     def __init__(self, config, B, device, dtype):
         D = config.n_embd // config.n_head
@@ -118,7 +119,8 @@ class KVCache:
         self.length = 0
 
     def update(self, layer, k, v):
-        """Append k and v (B, H, T, D) -> all keys and values of this layer (B, H, S, D)."""
+        """Append k and v (B, H, T, D) -> all keys and values of this layer (B, H, S, D).
+        GPT.forward sets the new length."""
         S = self.length + k.size(2)
         self.k[layer, :, :, self.length:S] = k
         self.v[layer, :, :, self.length:S] = v
@@ -141,7 +143,7 @@ class Attention(nn.Module):
         if config.value_residual and layer > 0:
             self.value_lambda = nn.Parameter(torch.tensor(0.5))
 
-    def heads(self, x, rope=None, v1=None):
+    def project_qkv(self, x, rope=None, v1=None):
         """x (B, T, C), v1 the first layer's values or None -> q, k, v, v1, each (B, H, T, D)."""
         B, T, C = x.shape
         qkv = F.linear(x, self.qkv.flatten(0, 1))                        # (B, T, 3C)
@@ -160,13 +162,13 @@ class Attention(nn.Module):
     def forward(self, x, rope=None, v1=None, cache=None):
         """x (B, T, C), v1 the first layer's values (B, H, T, D) or None -> (B, T, C), v1."""
         B, T, C = x.shape
-        q, k, v, v1 = self.heads(x, rope, v1)
+        q, k, v, v1 = self.project_qkv(x, rope, v1)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)         # (B, H, S, D)
         y = self.attend(q.to(k.dtype), k, v).to(q.dtype)  # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C)), v1
 
-    def attend(self, q, k, v):
+    def attend(self, q, k, v):  # the studies call it, too
         return attention(q, k, v, self.window)
 
 
@@ -222,8 +224,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             target, mask = targets[rows, None].clamp(min=0), valid[rows, None]
             logp = F.log_softmax(x[rows] @ w.T, dim=-1, dtype=torch.float32)  # (chunk, V)
             loss = loss - (logp.gather(1, target) * mask).sum()
-            grad = logp.exp_()                                                # softmax ...
-            grad.scatter_add_(1, target, -torch.ones_like(target, dtype=grad.dtype))  # - one-hot
+            grad = logp.exp_()  # softmax, and minus one-hot:
+            grad.scatter_add_(1, target, -torch.ones_like(target, dtype=grad.dtype))
             grad = grad.mul_(mask / n_valid).to(dtype)
             x_grad[rows] = grad @ w
             w_grad += grad.T @ x[rows]
@@ -236,7 +238,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return x_grad.float() * grad, w_grad * grad, None
 
 
-# ---------------------------------------------------------- the model
+# ------------------------------------------- the model
 
 class GPT(nn.Module):
     def __init__(self, config):
@@ -289,10 +291,10 @@ class GPT(nn.Module):
             x, v1 = block(x, rope, v1, cache)
         if cache:
             cache.length = end
-        x, head = self.norm(x), self.token_embedding.weight
+        x, lm_head = self.norm(x), self.token_embedding.weight
         if targets is not None:
-            return None, ChunkedCrossEntropy.apply(x.flatten(0, 1), head, targets.flatten())
-        return F.linear(x, head)[..., :self.config.vocab_size], None
+            return None, ChunkedCrossEntropy.apply(x.flatten(0, 1), lm_head, targets.flatten())
+        return F.linear(x, lm_head)[..., :self.config.vocab_size], None
 
     def load_weights(self, state_dict, path):
         """Load the weights of a checkpoint. SystemExit if they do not fit."""
@@ -330,11 +332,11 @@ class GPT(nn.Module):
         # float32 on a CPU: products of another size for each token have a setup cost in bfloat16.
         dtype = torch.float32 if device.type == "cpu" else self.token_embedding.weight.dtype
         cache = KVCache(self.config, B, device, dtype)
-        rows = torch.arange(B)                           # rows that are still in the cache
+        rows = torch.arange(B)  # rows that are still in the cache
         active = torch.full((B,), max_new_tokens > 0)
-        t = n_new = int(lengths.min())                   # position; tokens not yet in the cache
+        t = n_new = int(lengths.min())  # position; tokens not yet in the cache
         while active.any():
-            if 2 * active.sum() <= len(rows):            # half of the rows have ended: drop them
+            if 2 * active.sum() <= len(rows):  # half of the rows have ended: drop them
                 cache.select_rows(active[rows].to(device))
                 rows = rows[active[rows]]
             if cache.length + n_new > self.config.block_size:  # full: re-read the newer half
@@ -380,7 +382,7 @@ def sample_next_token(logits, u, temperature=1.0, top_k=0, top_p=1.0):
         kth = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
     probs = logits.softmax(dim=-1)
-    if top_p < 1:               # nucleus sampling (arXiv 1904.09751)
+    if top_p < 1:  # nucleus sampling (arXiv 1904.09751)
         sorted_probs, order = probs.sort(dim=-1, descending=True)
         outside = sorted_probs.cumsum(-1) - sorted_probs >= top_p
         probs = torch.zeros_like(probs).scatter(1, order, sorted_probs.masked_fill(outside, 0.0))
@@ -389,7 +391,7 @@ def sample_next_token(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     return next_id.squeeze(1).clamp(max=logits.size(-1) - 1)
 
 
-# ------------------------------------------------------------ devices
+# --------------------------------------------- devices
 
 def find_device(name="auto"):
     """auto -> the fastest device here. SystemExit if torch cannot use it."""
@@ -419,7 +421,7 @@ def best_dtype(device):
 
 def tune_malloc():
     """Let Linux's malloc keep large freed arrays instead of returning them to the system. On a CPU
-    this saves a seventh of a training step and more than half of long sampling (study/log.md)."""
+    this saves a seventh of a training step and over half of sampling long texts (study/log.md)."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-1, 1 << 30)          # M_TRIM_THRESHOLD
         if not libc.mallopt(-3, 1 << 30):  # M_MMAP_THRESHOLD
@@ -436,7 +438,7 @@ def read_checkpoint(path, keys=()):
         checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
     except OSError:
         raise
-    except Exception:                           # a damaged archive can raise anything
+    except Exception:  # a damaged archive can raise anything
         raise ValueError("it is damaged, or contains more than weights")
     if missing := [key for key in keys if key not in checkpoint]:
         raise ValueError(f"it has no {', '.join(missing)}")

@@ -41,12 +41,12 @@ BPE_SAMPLE_BYTES = 100 << 20  # of the text from which a tokenizer is made
 FILES = ("train.bin", "val.bin", "tokenizer.tiktoken")  # of a data set, with meta.json
 
 # Repository and revision on Hugging Face, and the files of each split.
-V1 = "roneneldan/TinyStories", "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"
+REPO = "roneneldan/TinyStories", "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"
 SOURCES = {
-    "tinystories-small": (*V1, {"train": "TinyStories-valid.txt"}),
-    "tinystories": (*V1, {"val": "TinyStories-valid.txt", "train": "TinyStories-train.txt"}),
-    "tinystories-v2": (*V1, {"val": "TinyStoriesV2-GPT4-valid.txt",
-                             "train": "TinyStoriesV2-GPT4-train.txt"}),
+    "tinystories-small": (*REPO, {"train": "TinyStories-valid.txt"}),
+    "tinystories": (*REPO, {"val": "TinyStories-valid.txt", "train": "TinyStories-train.txt"}),
+    "tinystories-v2": (*REPO, {"val": "TinyStoriesV2-GPT4-valid.txt",
+                       "train": "TinyStoriesV2-GPT4-train.txt"}),
     "instruct": ("roneneldan/TinyStoriesInstruct", "1282fc1059eaf0aad1f30459a25530f44343f2a2",
                  {"val": "TinyStories-Instruct-valid.txt",
                   "train": "TinyStories-Instruct-train.txt"}),
@@ -58,7 +58,7 @@ SAMPLES = ("sample", "sample-instruct")  # generated from data/grammar.txt
 SAMPLE_STORIES = {"val": 1_000, "train": 30_000}
 
 
-# ---------------------------------------------------- text to stories
+# ------------------------------------- text to stories
 
 def json_hash(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
@@ -100,34 +100,34 @@ def read_all(files, separator):
 def choose_splits(files, separator):
     """Check all text -> for each story its split, or None for a repeated one; and counts of what
     was repaired or dropped. Without validation files, some training stories become validation."""
-    counts, seen, targets = Counter(), {}, []  # seen: hash of a story -> its position
+    counts, seen, splits = Counter(), {}, []  # seen: hash of a story -> its position
     for split, path in files:
         for stories in read_stories(path, counts, separator):
             for story in stories:
                 key = hashlib.blake2b(story.encode(), digest_size=8).digest()
                 repeated = split == "train" and key in seen
                 counts["dropped: repeated"] += repeated
-                targets.append(None if repeated else split)
-                seen.setdefault(key, len(targets) - 1)
+                splits.append(None if repeated else split)
+                seen.setdefault(key, len(splits) - 1)
     if "val" not in dict(files):
-        n_val = max(1, len(seen) // 100, min(len(seen) // 10, 50))
-        for key in sorted(seen)[:n_val]:
-            targets[seen[key]] = "val"
+        n_val = max(1, len(seen) // 100, min(len(seen) // 10, 50))  # 1 %; of little text, 10 %
+        for key in sorted(seen)[:n_val]:  # by hash: as if at random
+            splits[seen[key]] = "val"
     names = ", ".join(str(path) for _, path in files)
     n_wrong, n_nul = counts["damaged: not UTF-8"], counts["damaged: NUL characters"]
-    if n_wrong + n_nul > len(targets) / 20:
+    if n_wrong + n_nul > len(splits) / 20:
         encoding = "UTF-16" if n_nul else "WINDOWS-1252"
-        raise SystemExit(f"{names}: of {len(targets):,} stories, {n_wrong:,} are not UTF-8 and "
+        raise SystemExit(f"{names}: of {len(splits):,} stories, {n_wrong:,} are not UTF-8 and "
                          f"{n_nul:,} contain NUL characters, as UTF-16 and binary files do. If it "
                          f"is text, convert it: iconv -f {encoding} -t UTF-8 OLD > NEW")
-    n_train, n_val, n_repeated = map(targets.count, ("train", "val", None))
+    n_train, n_val, n_repeated = map(splits.count, ("train", "val", None))
     if n_train < 2 or n_val < 1:
         raise SystemExit(f"{names}: too few stories: {n_train} for training, {n_val} for "
                          f"validation, {n_repeated} repeated. {'' if n_repeated else HINT}")
-    return targets, +counts
+    return splits, +counts  # + drops zeros
 
 
-# --------------------------------------------------- prepared folders
+# ------------------------------------ prepared folders
 
 def write_meta(folder, meta):
     """Write meta.json, with checksums of the files next to it and of its own entries."""
@@ -154,7 +154,7 @@ def read_meta(folder, *files):
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise SystemExit(common.printable(
             f"{path} is missing, damaged or from an older version ({error}). Make the data set "
-            f"again: {command} --force. A run's folder has copies of its data."))
+            f"again: {command} --force. If {folder} is a run, copy the file from its data set."))
 
 
 def verify_dataset(folder):
@@ -177,13 +177,13 @@ def load_tokenizer(folder):
     return make_encoding(ranks, meta.get("pattern"))
 
 
-def encode(files, separator, targets, encoding, folder):
+def encode(files, separator, splits, encoding, folder):
     """Write train.bin and val.bin -> {split: its numbers of stories, tokens and bytes}."""
-    stats, targets = {"train": Counter(), "val": Counter()}, iter(targets)
+    stats, splits = {"train": Counter(), "val": Counter()}, iter(splits)
     for stories in read_all(files, separator):
         chosen = {"train": [], "val": [], None: []}
-        for story, target in zip(stories, targets):
-            chosen[target].append(story)
+        for story, split in zip(stories, splits):
+            chosen[split].append(story)
         for split in stats:
             ids = encode_stories(encoding, chosen[split])
             with open(folder / f"{split}.bin", "ab") as file:
@@ -194,7 +194,7 @@ def encode(files, separator, targets, encoding, folder):
 
 
 def prepare_dataset(args, folder):
-    """Prepare data/<name>: write all files to .part, then move them."""
+    """Prepare data/<name>: write all files to the folder .part, then move them."""
     grammar = GRAMMAR if args.name in SAMPLES else args.grammar
     files = [("val", path) for path in args.val] + [("train", path) for path in args.input]
     text_hash = grammar_hash(grammar) if grammar else json_hash(
@@ -204,7 +204,8 @@ def prepare_dataset(args, folder):
         if (meta["command"], meta["text_hash"]) != (args.command, text_hash):
             raise SystemExit(f"{folder} exists already, from another text or command "
                              f"({meta['command']}). Add --force, or choose another name.")
-        return print(f"{folder} is ready: {meta['train']['tokens']:,} tokens (--force: again)")
+        print(f"{folder} is ready: {meta['train']['tokens']:,} tokens (--force makes it again)")
+        return
 
     part, source = folder / ".part", "own text"
     shutil.rmtree(part, ignore_errors=True)
@@ -221,7 +222,7 @@ def prepare_dataset(args, folder):
             for _, path in files:
                 url = common.hub_url(repo, revision, path.name)
                 common.download(url, path, SHA256.get(path.name))
-        targets, counts = choose_splits(files, args.separator)
+        splits, counts = choose_splits(files, args.separator)
         sample = read_all([file for file in files if file[0] == "train"], args.separator)
         sample = islice(sample, BPE_SAMPLE_BYTES // CHUNK_BYTES)
         kind = args.tokenizer or ("bpe" if grammar else "gpt2")
@@ -232,7 +233,7 @@ def prepare_dataset(args, folder):
             encoding = prune_gpt2(gpt2_ranks(), sample, vocab_size)
         else:
             encoding = load_tokenizer(kind)
-        stats = encode(files, args.separator, targets, encoding, part)
+        stats = encode(files, args.separator, splits, encoding, part)
         save_tokenizer(part, encoding._mergeable_ranks)
         beginning = encoding.decode(np.fromfile(part / "train.bin", np.uint16, 30).tolist())
         meta = {"dataset": folder.name, "command": args.command, "source": source,
@@ -242,7 +243,7 @@ def prepare_dataset(args, folder):
         if grammar:
             meta["entropy_floor"] = nats["val"] / stats["val"]["tokens"]  # nats per token
         write_meta(part, meta)
-        (folder / "meta.json").unlink(missing_ok=True)  # marks a complete data set
+        (folder / "meta.json").unlink(missing_ok=True)  # moved last: marks complete data
         for path in sorted(part.iterdir(), key=lambda path: path.name == "meta.json"):
             os.replace(path, folder / path.name)
     except OSError as error:
@@ -251,7 +252,7 @@ def prepare_dataset(args, folder):
         raise SystemExit(f"The disk is full ({folder}). Free some space and try again.")
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    print(f"{folder}: a vocabulary of {encoding.n_vocab:,}")
+    print(f"{folder}: a vocabulary of {encoding.n_vocab:,} tokens")
     for split in ("train", "val"):
         print(f"{split:5}  " + ", ".join(f"{n:,} {what}" for what, n in stats[split].items()))
     for what, n in counts.items():
@@ -278,8 +279,8 @@ def main(argv=None):
     for path in [*args.input, *args.val, args.grammar]:
         if path and not path.is_file():
             parser.error(f"{path} is not a file")
-    has_text = args.name in known, bool(args.input), bool(args.grammar)
-    if sum(has_text) != 1 or args.val and not args.input:
+    sources = args.name in known, bool(args.input), bool(args.grammar)
+    if sum(sources) != 1 or args.val and not args.input:
         parser.error(f"{', '.join(known)} have their own text; every other name needs either "
                      "--input FILE or --grammar FILE")
     if args.vocab_size is not None and not 257 <= args.vocab_size <= 65_536:

@@ -19,7 +19,7 @@ from data import common
 from data.grammar import FIELDS, format_instructions
 from model import best_dtype, find_device, load_model, tune_malloc
 
-# ------------------------------------------------------ loading a run
+# --------------------------------------- loading a run
 
 
 def find_run(path):
@@ -56,8 +56,8 @@ def load_run(path, device="auto", dtype=None, without=()):
 
 
 def results_folder(path):
-    """Where the scripts write results about a run: next to the checkpoint, or in out/ for the
-    model that ships with the repository."""
+    """Where the scripts write results about a run: next to the checkpoint, or in out/ for
+    data/demo_model."""
     folder = find_run(path).parent.resolve()
     if folder.parent == prepare.HERE / "data":
         folder = Path("out", folder.name)
@@ -65,7 +65,7 @@ def results_folder(path):
     return folder
 
 
-# ---------------------------------------------------- writing stories
+# ------------------------------------- writing stories
 
 def encode_prompt(tokenizer, prompt, block_size):
     """The ids of the prompt after an end token: in training, each story follows one. A space at the
@@ -106,7 +106,7 @@ def print_stream(model, tokenizer, prompt, **sampling):
     print()
 
 
-# ------------------------------------------------------- command line
+# ---------------------------------------- command line
 
 def layer_and_head(text):
     if not re.fullmatch(r"\d+\.\d+", text):
@@ -141,7 +141,7 @@ def main(argv=None):
     add = parser.add_argument
     add("runs", nargs="+", help="folders of runs, or checkpoint files")
     add("--prompt", action="append", help="how the story begins; may be repeated; -: type it")
-    for field in FIELDS:
+    for field in FIELDS:  # --features, --words, --summary, --sentence
         add("--" + field.lower().split()[-1], dest=field, metavar="TEXT",
             help=f"an instruction, for models trained on them: {field}")
     add("-n", "--num_samples", type=int, default=1, help="stories per prompt")

@@ -315,7 +315,7 @@ def test_validation_reads_stories_from_their_beginning(tmp_path):
 def test_bits_per_byte_counts_the_bytes_of_the_text(data):
     tokenizer = prepare.load_tokenizer(data)
     ids = tokenizer.encode_ordinary("Tom and Ann were glad.") + [tokenizer.eot_token]
-    factor = train.bits_per_byte([(None, torch.tensor([[*ids, -1]]))], tokenizer)
+    factor = train.bpb_factor([(None, torch.tensor([[*ids, -1]]))], tokenizer)
     assert factor == pytest.approx(len(ids) / 22 / math.log(2))
 
 
@@ -494,6 +494,15 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(data, tmp_path, monk
                         lambda self: self.token_embedding.weight.data.fill_(math.nan))
     with pytest.raises(SystemExit, match="model.py"):
         train.train(settings(data, tmp_path / "first"))
+
+
+def test_weights_that_are_not_finite_are_never_saved(data, tmp_path):
+    run = train.Run(build(**OURS), [], torch.amp.GradScaler("cpu", enabled=False), step=1)
+    assert train.save_checkpoint(settings(data, tmp_path), run, {})
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    run.model.norm_weight = nn.Parameter(torch.tensor([math.nan]))
+    assert not train.save_checkpoint(settings(data, tmp_path), run, {})
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
 
 
 def test_init_from_starts_with_the_weights_of_another_run(data, finished, tmp_path):

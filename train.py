@@ -41,7 +41,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 @dataclass
-class Settings(GPTConfig):            # the model's settings, and:
+class Settings(GPTConfig):  # the model's settings, and:
     dataset: str = "tinystories"      # a name under data/, or the path of a prepared folder
     out_dir: str = ""                 # default: out/<name of the config>
     init_from: str = ""               # start from the weights of another run
@@ -91,7 +91,7 @@ MAY_CHANGE = {"max_steps", "eval_interval", "eval_tokens", "final_eval_tokens", 
 SAMPLE_STEPS = {25 * 2 ** i for i in range(12)}  # a sample of text at steps 25, 50, 100, ...
 
 
-# ----------------------------------------------------------- settings
+# -------------------------------------------- settings
 
 def usage_error(message):
     print(f"train.py: {message}", file=sys.stderr)
@@ -149,10 +149,10 @@ def load_settings(argv):
         usage_error(error)
 
 
-# --------------------------------------------------------------- data
+# ------------------------------------------------ data
 
 def load_dataset(name):
-    """-> folder, meta.json. A missing data set that prepare.py knows is prepared."""
+    """-> folder, its meta.json. A missing data set that prepare.py knows is prepared."""
     name = os.path.expanduser(name)
     folder = Path(name) if Path(name, "meta.json").is_file() else prepare.HERE / "data" / name
     if not (folder / "meta.json").is_file():
@@ -215,7 +215,7 @@ def validation_batches(file, eot, block_size, eval_tokens, rows=16):
     return windows, whole
 
 
-def bits_per_byte(batches, tokenizer):
+def bpb_factor(batches, tokenizer):
     """The factor from nats per token of these batches to bits per byte of their text."""
     ids = torch.cat([y[y >= 0] for _, y in batches]).tolist()
     n_bytes = sum(len(tokenizer.decode_single_token_bytes(i)) for i in ids
@@ -235,7 +235,7 @@ def evaluate(model, batches, device, autocast):
     return total / count
 
 
-# --------------------------------------------------------- optimizers
+# ------------------------------------------ optimizers
 
 def orthogonalize(x):
     """Matrices (n, rows, columns) -> nearest matrices with all singular values near 1, by five
@@ -298,7 +298,7 @@ def lr_multiplier(settings, step):
     return min(1.0, left / max(settings.cooldown_frac, 1e-9))
 
 
-# ----------------------------------------------- checkpoints and logs
+# -------------------------------- checkpoints and logs
 
 @dataclass
 class Run:
@@ -307,8 +307,8 @@ class Run:
     optimizers: list
     scaler: torch.amp.GradScaler
     step: int = 0
-    seconds: float = 0.0                     # training time, without evaluation
-    loss_sum: float = 0.0                    # since the last line of the log
+    seconds: float = 0.0   # training time, without evaluation
+    loss_sum: float = 0.0  # since the last line of the log
     loss_steps: int = 0
     micro_batch: int = 0
     log: list = field(default_factory=list)  # one dict per line of log.csv
@@ -425,15 +425,15 @@ def print0(text, file=None):
         sys.stdout = sys.stderr = None  # Python then ignores all further prints
 
 
-# ---------------------------------------------- machine and processes
+# ------------------------------- machine and processes
 
 def setup_device(settings):
-    """-> device, number format and autocast context of this process. Joins those of torchrun."""
+    """Connect this process with the others -> device, number format, autocast context."""
     name = find_device(settings.device)
     device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
     if name == "cuda":
         torch.cuda.set_device(device)
-    if WORLD_SIZE > 1:                          # the others wait while one downloads the data
+    if WORLD_SIZE > 1:  # the others wait while one downloads the data
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=4))
     dtype = best_dtype(name) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     autocast = torch.autocast(name, dtype) if dtype != torch.float32 else nullcontext()
@@ -470,7 +470,7 @@ def catch_signals():
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):                   # Windows has no SIGHUP
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
         number = getattr(signal, name, None)
         if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, handler)
@@ -491,7 +491,7 @@ def announce_duration(settings, device, autocast):
                "laptop: python train.py config/tiny_laptop.py, or config/demo.py")
 
 
-# ------------------------------------------------------- the training
+# ---------------------------------------- the training
 
 def model_config(settings):
     return GPTConfig(**{f.name: getattr(settings, f.name) for f in fields(GPTConfig)})
@@ -549,7 +549,7 @@ def start_run(settings, meta, tokenizer, device, dtype):
     epochs = tokens / meta["train"]["tokens"]
     print0(f"{settings.out_dir}: {model.num_params():,} parameters ({model.num_params(False):,} "
            f"without embeddings); {tokens:,} tokens = {epochs:.2f} epochs; {device.type}, "
-           f"{str(dtype)[6:]}, {run.micro_batch} rows at a time"
+           f"{str(dtype).removeprefix('torch.')}, {run.micro_batch} rows at a time"
            + (f"; continuing at step {run.step:,}" if run.step else ""))
     if epochs > 20:
         print0("The model will read this text many times and may memorize it: watch the "
@@ -565,8 +565,9 @@ def print_sample(model, tokenizer, beginning):
     print0(common.printable(f"    {before} | {after}"))
 
 
-def train(settings, signals=list):
-    """Train, or continue, the run in settings.out_dir. Stops once `signals` has an entry."""
+def train(settings, watch_signals=list):
+    """Train, or continue, the run in settings.out_dir, until it is complete or the list from
+    watch_signals() has an entry."""
     device, dtype, autocast = setup_device(settings)
     folder, T = Path(settings.out_dir), settings.block_size
     if settings.total_batch_size % (T * WORLD_SIZE):
@@ -586,7 +587,7 @@ def train(settings, signals=list):
                          f"needs {2 * T}.")
     quick_eval, final_eval = (validation_batches(data / "val.bin", meta["eot"], T, n)
                               for n in (settings.eval_tokens, settings.final_eval_tokens))
-    beginning = np.fromfile(data / "val.bin", np.uint16, 8).tolist()  # of a validation story
+    beginning = np.fromfile(data / "val.bin", np.uint16, 8).tolist()
     entropy_floor = meta.get("entropy_floor")  # of the grammar, nats per token
 
     run = start_run(settings, meta, tokenizer, device, dtype)
@@ -597,11 +598,11 @@ def train(settings, signals=list):
             common.write_text(folder / name, (data / name).read_text(encoding="utf-8"))
 
     file = open(data / "train.bin", "rb")  # kept open: new data does not replace it
-    signals, stop, saved, first_step = signals(), False, True, run.step
+    signals, stop, saved, first_step = watch_signals(), False, True, run.step
     clock, clock_step, printed = time.time(), run.step, 0.0
     while run.step < settings.max_steps and not stop:
         result = training_step(run, settings, device, autocast, loss_fn, file, signals)
-        if result is None:                 # interrupted: the unfinished step is dropped
+        if result is None:  # interrupted: the unfinished step is dropped
             stop = True
             break
         lr, grad_norm = result
@@ -612,7 +613,7 @@ def train(settings, signals=list):
         sample_due = last or run.step in SAMPLE_STEPS
         if WORLD_SIZE > 1 and (log_due or device.type == "cpu"):
             stop_votes = torch.tensor(len(signals), device=device)
-            dist.all_reduce(stop_votes)    # all processes stop after the same step
+            dist.all_reduce(stop_votes)  # all processes stop after the same step
             stop = stop_votes.item() > 0
         if not (print_due or eval_due or sample_due or save_due):
             continue
@@ -621,14 +622,15 @@ def train(settings, signals=list):
             dist.all_reduce(run.loss_sum)
             run.loss_sum /= WORLD_SIZE
         loss, grad_norm = float(run.loss_sum) / run.loss_steps, float(grad_norm)  # GPU syncs
+        # In float16, steps with infinite gradients are only skipped.
         if not math.isfinite(loss if run.scaler.is_enabled() else loss + grad_norm):
-            why = "Try a smaller --learning_rate." if run.step > 1 else "Check model.py."
+            advice = "Try a smaller --learning_rate." if run.step > 1 else "Check model.py."
             raise SystemExit(f"The loss is {loss:.4g} and the gradient norm {grad_norm:.4g} after "
-                             f"step {run.step:,}. {why}")
-        spent, row = time.time() - clock, {}
-        run.seconds += spent
+                             f"step {run.step:,}. {advice}")
+        elapsed, row = time.time() - clock, {}
+        run.seconds += elapsed
         if print_due:
-            speed = (run.step - clock_step) * settings.total_batch_size / spent
+            speed = (run.step - clock_step) * settings.total_batch_size / elapsed
             left = (settings.max_steps - run.step) * settings.total_batch_size / speed
             print0(f"step {run.step:>6,}/{settings.max_steps:,} | loss {loss:.4f} | lr {lr:.2e} | "
                    f"{speed:,.0f} tokens/s | {left // 60:.0f}m{left % 60:02.0f}s left")
@@ -642,7 +644,7 @@ def train(settings, signals=list):
             val_loss, story_loss = (evaluate(run.model, view, device, autocast)
                                     for view in (windows, stories))
             row |= {"val_loss": val_loss, "story_loss": story_loss,
-                    "val_bpb": val_loss * bits_per_byte(windows, tokenizer)}
+                    "val_bpb": val_loss * bpb_factor(windows, tokenizer)}
             print0(f"step {run.step:>6,} | validation {val_loss:.4f} nats per token, "
                    f"{row['val_bpb']:.4f} bits per byte | whole stories {story_loss:.4f}"
                    + (f" (entropy of the grammar: {entropy_floor:.4f})" if entropy_floor else ""))
@@ -670,8 +672,10 @@ def train(settings, signals=list):
     if WORLD_SIZE > 1:
         dist.barrier()
         dist.destroy_process_group()
-    if stop or not saved:
-        raise SystemExit(128 + (signals or [signal.SIGTERM])[0] if stop else 1)
+    if stop:  # perhaps by a signal to another process
+        raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
+    if not saved:
+        raise SystemExit(1)
 
 
 def lock_run(folder):

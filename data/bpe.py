@@ -32,23 +32,24 @@ def make_encoding(ranks, pattern=None):
 
 def encode_stories(encoding, stories):
     """Stories -> the ids of their tokens, each story followed by the end token: (N,) uint32."""
+    # 256 stories at a time: enough work for a thread, and several threads.
     texts = [EOT.join([*stories[i:i + 256], ""]) for i in range(0, len(stories), 256)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:        # tiktoken releases the GIL
         rows = pool.map(lambda text: encoding.encode_to_numpy(text, allowed_special={EOT}), texts)
         return np.concatenate([np.zeros(0, np.uint32), *rows])
 
 
-# --------------------------------------------------- learn new tokens
+# ------------------------------------ learn new tokens
 
 def learn_bpe(sample, vocab_size):
     """A tokenizer learned from a sample (lists of stories)."""
     words = Counter()
     for stories in sample:
-        for story in stories:
+        for story in stories:       # without very long words: a merge reads a word as a whole
             words.update(word for word in regex.findall(BPE_PATTERN, story) if len(word) < 1_000)
     ranks = {bytes([byte]): byte for byte in range(256)}
     for left, right in train_bpe(words, vocab_size):
-        ranks.setdefault(left + right, len(ranks))
+        ranks.setdefault(left + right, len(ranks))      # two merges may make the same token
     return make_encoding(ranks, BPE_PATTERN)
 
 
@@ -84,7 +85,8 @@ def train_bpe(words, vocab_size):
                 continue
             merges.append(pair)
             bar.update()
-            (left, right), joined, new = pair, pair[0] + pair[1], set()
+            left, right = pair
+            joined, new_pairs = left + right, set()
             for i in words_with.pop(pair):
                 word, n, j = words[i], word_counts[i], 0
                 while j < len(word) - 1:
@@ -94,23 +96,23 @@ def train_bpe(words, vocab_size):
                             pair_counts[before, left] -= n
                             pair_counts[before, joined] += n
                             words_with[before, joined].add(i)
-                            new.add((before, joined))
+                            new_pairs.add((before, joined))
                         if j + 2 < len(word):
                             after = word[j + 2]
                             pair_counts[right, after] -= n
                             pair_counts[joined, after] += n
                             words_with[joined, after].add(i)
-                            new.add((joined, after))
+                            new_pairs.add((joined, after))
                         word[j:j + 2] = [joined]
                     j += 1
             pair_counts[pair] = 0
-            for other in new:
+            for other in new_pairs:
                 if pair_counts[other]:
                     heapq.heappush(heap, entry(other))
     return merges
 
 
-# --------------------------------- keep tokens of a larger vocabulary
+# ------------------ keep tokens of a larger vocabulary
 
 def gpt2_ranks():
     try:
@@ -127,7 +129,7 @@ def prune_gpt2(ranks, sample, vocab_size):
     for stories in sample:
         counts += np.bincount(encode_stories(full, stories), minlength=full.n_vocab)
         n_characters += sum(map(len, stories))
-    if counts.sum() > 0.7 * n_characters:
+    if counts.sum() > 0.7 * n_characters:       # English: about 0.25
         print(f"GPT-2's tokenizer needs {counts.sum() / n_characters:.1f} tokens per character of "
               "this text. Better: --tokenizer bpe, which is learned from it.")
     return make_encoding(prune_bpe(ranks, counts, vocab_size))

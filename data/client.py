@@ -77,8 +77,8 @@ class Client:
         self.spare = threading.Semaphore(self.workers - 1)      # slots that timeouts may take away
         self.timeout = args.timeout or (600 if self.is_local else 60)
         self.max_tokens = args.max_tokens or max_tokens
-        new = re.search("openai|azure", self.url)
-        limit = {"max_completion_tokens" if new else "max_tokens": self.max_tokens}
+        is_openai = re.search("openai|azure", self.url)         # others know the older name
+        limit = {"max_completion_tokens" if is_openai else "max_tokens": self.max_tokens}
         usual = {"temperature": temperature, **limit}           # some servers refuse some of it
         sets = [{"reasoning_effort": "none", **usual}, usual, limit, {}, {"stream": True}]
         self.parameters = [sets, [{**each, "response_format": schema} for each in sets] + sets]
@@ -111,7 +111,8 @@ class Client:
         return response.status_code, body, response.headers.get("retry-after", "")
 
     def post(self, messages, parameters):
-        """One request within the limits -> status, reply (dict) or error (str), seconds to wait."""
+        """send() within the limits -> status, reply (dict) or error (str), seconds to wait."""
+        # An upper estimate: 3 characters per token. confirm_cost expects 4.
         highest_cost = self.price @ (len(str(messages)) / 3, self.max_tokens)
         with self.slots:
             if self.spent + self.workers * highest_cost > self.args.max_cost:
@@ -185,7 +186,7 @@ def confirm_cost(client, what, conversations, calls, tokens_out):
     if args.dry_run:
         raise SystemExit(0)
     if args.max_cost < np.inf and np.isnan(cost):
-        raise SystemExit(f"--max-cost: add the price of {client.name} to PRICES in grade.py")
+        raise SystemExit(f"--max-cost: add the price of {client.name} to PRICES in data/client.py")
     if not args.yes and (cost > 1 or np.isnan(cost) and not client.is_local):
         raise SystemExit("Nothing was sent yet. Add --yes to continue, perhaps with --max-cost.")
 

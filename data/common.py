@@ -1,6 +1,7 @@
-"""What all scripts share: whole files, downloads, and text on the screen."""
+"""What all scripts share: safe writing of files, downloads, and text on the screen."""
 
 import argparse
+import errno
 import hashlib
 import io
 import os
@@ -18,10 +19,10 @@ from urllib3.util import Retry
 
 MAX_DOWNLOAD = 10 << 30             # bytes, if the server gives no size
 TIMEOUT = 10, 60                    # seconds to connect, and without any data
-BACKOFF = 1.0                       # seconds before a retry; then more
+BACKOFF = 1.0                       # seconds before the first retry; then longer
 
 
-# -------------------------------------------------------------- files
+# ----------------------------------------------- files
 
 @contextmanager
 def atomic_write(path):
@@ -49,6 +50,7 @@ def save_figure(path, figure):
 
 
 def file_bytes(path):
+    """The content of a file, mapped into memory: large files are not copied."""
     return np.memmap(path, np.uint8, "r") if os.path.getsize(path) else b""
 
 
@@ -56,7 +58,7 @@ def file_sha256(path):
     return hashlib.sha256(file_bytes(path)).hexdigest()
 
 
-# ---------------------------------------------------------- downloads
+# ------------------------------------------- downloads
 
 def hub_url(repo, revision, file, kind="datasets/"):
     host = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
@@ -115,7 +117,7 @@ def download(url, path, sha256=None):
 
 
 def receive(session, url, part, have, size, etag, bar):
-    """Complete a .part file of `have` bytes in one request."""
+    """Complete a .part file that has the first `have` bytes, in one request."""
     if have == size:
         return
     headers = {"Range": f"bytes={have}-"} if have else {}
@@ -142,7 +144,7 @@ def receive(session, url, part, have, size, etag, bar):
                 raise requests.ConnectionError(f"only {file.tell():,} of {size:,} bytes arrived")
 
 
-# ------------------------------------------------- text on the screen
+# ---------------------------------- text on the screen
 
 def progress(label, total, unit="B"):
     """A progress bar; in a pipe, one line every ten seconds."""
@@ -152,7 +154,7 @@ def progress(label, total, unit="B"):
 
 
 class Console(io.TextIOWrapper):
-    """Standard output that ends the program when it cannot be written (full disk, `| head`)."""
+    """Standard output that ends the program when a write fails (full disk, `| head`)."""
 
     def write(self, text):
         try:
@@ -165,8 +167,24 @@ class Console(io.TextIOWrapper):
         return len(text)
 
 
+def report_error(kind, error, traceback):
+    """What Python does with an error that nobody caught: a traceback. But a full disk or a missing
+    permission is not a bug, and Ctrl-C is no error: for them, one sentence."""
+    files = (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    if isinstance(error, KeyboardInterrupt):
+        print("\nStopped.", file=sys.stderr)
+    elif full or isinstance(error, files):
+        print(f"The system does not allow it: {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
 def setup_console(end_on_error=True):
-    """Print ? for characters that the console cannot show. end_on_error: see Console."""
+    """Print ? for characters that the console cannot show, and see report_error. end_on_error: see
+    Console."""
+    sys.excepthook = report_error
+    sys.stderr = sys.stderr or open(os.devnull, "w")    # closed with 2>&-
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

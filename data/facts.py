@@ -108,12 +108,12 @@ def decided_words(story, ending):
     return sorted(found, key=lambda item: item[0].start())
 
 
-def charges(story):
-    """Where the text reveals its choices: [(position, nats)]; the sum is story.nats.
+def revealed_nats(story):
+    """Where the text reveals its choices -> [(position, nats)]; the sum is story.nats.
 
     For each choice, the story is generated with every other option. Where m options that fit
     the text become k, it reveals log(m / k) nats: a hero's name at the name, not at "girl",
-    where it was drawn. What is never revealed is charged at the end."""
+    where it was drawn. What is never revealed counts at the end."""
     numbers, found = [number for number, _ in story.choices], []
     for i, (number, m) in enumerate(story.choices[:story.n_choices]):
         ends = []

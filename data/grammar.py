@@ -15,15 +15,15 @@ FIELD_ORDERS = [order for n in range(1, 5) for order in itertools.permutations(F
 
 
 def read_grammar(path=GRAMMAR):
-    """Read a grammar file -> rules {name: (is_variable, entries)} and plots (dicts of name, words,
-    summary and scenes, lists of options). An entry is {form: text}; form "" is the entry itself."""
+    """Read a grammar file -> rules {name: (is_variable, entries)}, plots [{"name", "words",
+    "summary", "scenes": lists of options}]. An entry is {form: text}; form "" is its own text."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise SystemExit(f"Cannot read {path} as UTF-8 text: {error}")
     text = re.sub(r"(?m)^#.*\n", "", text)
     text = re.sub(r"\n[ \t]+(?=\S)", " ", text)  # an indented line continues the one before
-    rule, fact = r"(?m)^(\w+)(?: \((.*?)\))? ([=:]) (.*)", r"(?m)^(words|summary) (.*)"
+    rule, header = r"(?m)^(\w+)(?: \((.*?)\))? ([=:]) (.*)", r"(?m)^(words|summary) (.*)"
     rules, plots = {}, []
     for name, shared, kind, options in re.findall(rule, text):
         entries = []
@@ -37,10 +37,12 @@ def read_grammar(path=GRAMMAR):
     leftover, *texts = re.split(r"(?m)^plot ", re.sub(rule, "", text))
     if leftover := leftover.strip():
         raise SystemExit(f"{path}: neither a rule nor part of a plot: {leftover[:60]!r}")
-    for text in texts or ["(none)"]:
+    if not texts:
+        raise SystemExit(f"{path} has no plot.")
+    for text in texts:
         name, _, text = text.partition("\n")
-        scenes = re.split(r"\n\s*\n", re.sub(fact, "", text).strip())
-        plots.append({"name": name, **dict(re.findall(fact, text)),
+        scenes = re.split(r"\n\s*\n", re.sub(header, "", text).strip())
+        plots.append({"name": name, **dict(re.findall(header, text)),
                       "scenes": [scene.split("\n") for scene in scenes if scene]})
         for key in ("words", "summary", "scenes"):
             if not plots[-1].get(key):
@@ -51,7 +53,7 @@ def read_grammar(path=GRAMMAR):
 class Story:
     """One story, made by random choices: .text, .plot, .features, .bindings {variable: forms} and
     .nats, the sum of log n over all choices among n options. Other choices may give the same text:
-    it is an upper bound of -log p(text)."""
+    so it is an upper bound of -log p(text)."""
 
     def __init__(self, rules, plots, rng, replay=()):  # replay: indices of the first choices
         self.rules, self.plots, self.rng, self.replay = rules, plots, rng, iter(replay)
@@ -60,10 +62,10 @@ class Story:
         text = "\n\n".join(self.expand(self.choose(scene)) for scene in self.plot["scenes"])
         self.features = {*re.findall(r"\[(\w+)\]", text), *(["Dialogue"] if '"' in text else [])}
         self.text = re.sub(r" ?\[\w+\]", "", text)
-        self.n_choices = len(self.choices)             # record() makes more
+        self.n_choices = len(self.choices)  # of the text; record() makes more
 
     def choose(self, options):
-        number = next(self.replay, None)
+        number = next(self.replay, None)  # may come from a longer list
         option = self.rng.choice(options) if number is None else options[number % len(options)]
         self.nats += math.log(len(options))
         self.choices.append((options.index(option), len(options)))

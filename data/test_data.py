@@ -303,6 +303,14 @@ def test_an_output_that_cannot_be_written_gets_one_sentence_or_silence(output):
     assert done.returncode == 1 and done.stderr.count("\n") == (output != "pipe"), done.stderr
 
 
+@pytest.mark.parametrize("code, lines", [
+    ("open('.')", 1), ("open('/dev/full', 'w').write(9_999 * 'x')", 1), ("open('missing')", 4)])
+def test_a_full_disk_is_one_sentence_and_a_bug_a_traceback(code, lines):
+    code = f"from data import common\ncommon.setup_console()\n{code}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=prepare.HERE, capture_output=True)
+    assert done.returncode == 1 and done.stderr.count(b"\n") == lines, done.stderr
+
+
 def test_preparing_may_be_killed_at_any_moment(tmp_path):
     (tmp_path / "t.txt").write_text(many(3000))
     command = [str(prepare.HERE / "prepare.py"), str(tmp_path / "set"), "--input",

@@ -31,7 +31,7 @@ def clean(story, counts):
         counts["repaired: mojibake"] += 1
         for wrong, right in MOJIBAKE.items():
             text = text.replace(wrong, right)
-    if len(text) > 1_000 and re.search(r"\s{1000}", text):      # tiktoken fails on a million
+    if len(text) > 1_000 and re.search(r"\s{1000}", text):      # tiktoken fails on a million spaces
         counts["repaired: long runs of white space"] += 1
         text = re.sub(r"(\s\s)\s{998,}", r"\1", text)
     return text.replace("\r\n", "\n").strip("\ufeff \t\r\n")
@@ -53,13 +53,17 @@ def read_stories(path, counts, separator=EOT):
     rest = b""
     with open(path, "rb") as file, progress(f"reading {path.name}", os.path.getsize(path)) as bar:
         head = file.read(1_000)
+        # JSON begins with { or [, perhaps after a byte order mark.
         jsonl = path.suffix == ".jsonl" or re.match(rb'(\xef\xbb\xbf)?\s*[\[{]\s*[\[{"]', head)
         pattern = SEPARATORS.get("\n" if jsonl else separator) or re.escape(separator.encode())
         file.seek(0)
         more = True
         while more:
             more = file.read(CHUNK_BYTES)
-            *stories, rest = re.split(pattern, rest + more) if more else (rest, b"")
+            if more:            # the last story may go on in the next chunk
+                *stories, rest = re.split(pattern, rest + more)
+            else:
+                stories, rest = [rest], b""
             if len(rest) > MAX_STORY_BYTES:
                 raise SystemExit(f"{path}: a story of over {MAX_STORY_BYTES >> 20} MB. {HINT}")
             if jsonl:

@@ -148,7 +148,7 @@ def attention_weights(model, idx):
 
     def record(module, args):
         x, rope, v1, *_ = args
-        q, k, *_ = module.heads(x, rope, v1)                        # (1, H, T, D)
+        q, k, *_ = module.project_qkv(x, rope, v1)                  # (1, H, T, D)
         eye = torch.eye(q.size(2)).expand(*q.shape[:2], -1, -1)     # as values: weights @ eye
         weights.append(module.attend(q, k, eye.to(q))[0].float())
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # also works as 
 import prepare
 import sample
 from data import common
-from data.facts import charges, held_out_stories, split_story
+from data.facts import held_out_stories, revealed_nats, split_story
 from study.consistency import first_wrong_word, generate_endings
 
 MAX_MB = 60
@@ -73,13 +73,13 @@ def top_tokens(model, texts):
 
 
 def describe_story(story, tokenizer):
-    """A story with the grammar's nats on each token: those charged to its characters."""
+    """A story with the grammar's nats on each token: those that its characters reveal."""
     ids = [tokenizer.eot_token, *tokenizer.encode_ordinary(story.text), tokenizer.eot_token]
     ends = np.cumsum([len(tokenizer.decode_single_token_bytes(i)) for i in ids[1:-1]])
     nats = np.zeros(len(ids))
-    for position, charge in charges(story):
+    for position, revealed in revealed_nats(story):
         start = len(story.text[:position].encode())                 # in bytes, like the tokens
-        nats[1 + np.searchsorted(ends, start, side="right")] += charge
+        nats[1 + np.searchsorted(ends, start, side="right")] += revealed
     return {"title": story.plot["name"], "ids": ids, "nats": nats.tolist()}
 
 

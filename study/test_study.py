@@ -83,13 +83,13 @@ def model(tokenizer):
 
 # -------------------------------------------------- checks of endings
 
-def test_charges_are_where_the_options_differ(stories, tokenizer, tmp_path):
+def test_nats_are_revealed_where_the_options_differ(stories, tokenizer, tmp_path):
     rules = "girl (boy=girl) = Ann | Zoe\nboy (boy=boy) = Al | Bo\nhero = {girl} | {boy}"
     scene = "A {hero.boy} named {hero}. The {end|tip}."
     common.write_text(tmp_path / "g.txt", f"{rules}\nplot one\nwords a\nsummary s\n\n{scene}\n")
     story = Story(*read_grammar(tmp_path / "g.txt"), random.Random(0))
     name, end = story.text.index(story.bindings["hero"][""]), story.text.index("The") + 4
-    assert [(where, round(math.exp(nats))) for where, nats in facts.charges(story)] == [
+    assert [(where, round(math.exp(nats))) for where, nats in facts.revealed_nats(story)] == [
         (2, 2), (name, 2), (end, 2)]
     for story in stories[:5]:
         nats = explore.describe_story(story, tokenizer)["nats"]
