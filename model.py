@@ -411,7 +411,7 @@ def best_dtype(device):
     if device == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if bf16 else torch.float16
-    if device == "cpu":
+    if device == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # torch 2.9 cannot tell
         cpu = torch.cpu.get_capabilities()
         intel = "Intel" in cpu.get("cpu_name", "")  # without AMX, bfloat16 is slower there
         if cpu.get("amx_bf16") or cpu.get("avx512_bf16") and not intel:

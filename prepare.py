@@ -15,7 +15,6 @@ tokenizer.tiktoken and meta.json.
 
 import argparse
 import base64
-import errno
 import hashlib
 import json
 import os
@@ -246,10 +245,6 @@ def prepare_dataset(args, folder):
         (folder / "meta.json").unlink(missing_ok=True)  # moved last: marks complete data
         for path in sorted(part.iterdir(), key=lambda path: path.name == "meta.json"):
             os.replace(path, folder / path.name)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise SystemExit(f"The disk is full ({folder}). Free some space and try again.")
     finally:
         shutil.rmtree(part, ignore_errors=True)
     print(f"{folder}: a vocabulary of {encoding.n_vocab:,} tokens")

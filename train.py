@@ -125,7 +125,7 @@ def convert(value, kind):
 def load_settings(argv):
     """Settings from ["config/demo.py", "--name=value", ...]; later ones win."""
     if {"-h", "--help"} & set(argv):
-        print(__doc__, inspect.getsource(GPTConfig), inspect.getsource(Settings), sep="\n")
+        print0(f"{__doc__}\n{inspect.getsource(GPTConfig)}\n{inspect.getsource(Settings)}")
         raise SystemExit
     if not argv:
         usage_error("which config? For example: python train.py config/demo.py")

@@ -175,7 +175,7 @@ def report_error(kind, error, traceback):
     if isinstance(error, KeyboardInterrupt):
         print("\nStopped.", file=sys.stderr)
     elif full or isinstance(error, files):
-        print(f"The system does not allow it: {error}", file=sys.stderr)
+        print(f"Cannot read or write a file: {error}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
 
