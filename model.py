@@ -49,8 +49,8 @@ class GPTConfig:
                 expected = f"one of {self.options[f.name]}"
             elif f.name in self.positive and not 0 < value < math.inf:
                 expected = "a number above 0"
-            elif f.type in (int, float) and not 0 <= value < math.inf:
-                expected = "at least 0"
+            elif f.type in (int, float) and not 0 <= value < 1 << 63:
+                expected = "at least 0 and below 2^63"
             if expected:
                 raise ValueError(f"{f.name}={value!r}: expected {expected}")
         if self.n_embd % (2 * self.n_head):

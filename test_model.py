@@ -573,7 +573,8 @@ def test_config_files_and_options_are_read_in_order(tmp_path):
     (["--total_batch_size=1000"], "block_size"), (["--qk_norm=maybe"], "bool"),
     (["--learning_rate=-1"], "above 0"), (["--beta2=2"], "below 1"),
     (["--grad_clip=nan"], "grad_clip"), (["--micro_batch=-1"], "micro_batch"),
-    (["--optimizer=sgd"], "muon"), (["--n_head=3"], "n_embd")])
+    (["--optimizer=sgd"], "muon"), (["--n_head=3"], "n_embd"), (["--device=meta"], "cuda"),
+    ([f"--seed={1 << 64}"], "at least 0 and below")])
 def test_a_wrong_setting_is_one_sentence_and_exit_code_2(argv, says, capsys):
     with pytest.raises(SystemExit) as error:
         train.load_settings(argv)
@@ -581,11 +582,13 @@ def test_a_wrong_setting_is_one_sentence_and_exit_code_2(argv, says, capsys):
     assert error.value.code == 2 and says in line
 
 
-def test_an_unknown_name_in_a_config_file_is_refused_with_its_file(tmp_path, capsys):
-    (tmp_path / "c.py").write_text("heads = 4\n")
+@pytest.mark.parametrize("line, says", [
+    ("heads = 4", r"c\.py.*heads.*n_head"), ("out_dir = 3", "out_dir=3: expected")])
+def test_a_wrong_line_in_a_config_file_is_refused(tmp_path, capsys, line, says):
+    (tmp_path / "c.py").write_text(line)
     with pytest.raises(SystemExit):
         train.load_settings([str(tmp_path / "c.py")])
-    assert re.search(r"c\.py.*heads.*n_head", capsys.readouterr().err)
+    assert re.search(says, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("name", [path.stem for path in (HERE / "config").glob("*.py")])
@@ -844,3 +847,10 @@ def test_unusable_keys_and_proxies_are_one_sentence(ask, monkeypatch):
     assert "wrong proxy in the environment" in ask(good)[0]
     monkeypatch.setenv("OPENAI_API_KEY", "secret\n")
     assert "line breaks" in ask(good)[0] and "secret" not in ask(good)[0]
+
+
+@pytest.mark.parametrize("option", ["--timeout=-1", "--timeout=nan", "--timeout=1e99",
+                                    "--workers=0", "--max-tokens=-1", "--max-cost=nan"])
+def test_a_limit_is_a_number_above_zero(ask, option):
+    code, printed, requests = ask(good, option)
+    assert code == 2 and "above 0" in printed and not requests

@@ -72,11 +72,13 @@ class Settings(GPTConfig):  # the model's settings, and:
     overwrite: bool = False           # delete the run that is in out_dir
 
     options = GPTConfig.options | dict(optimizer=("muon", "adamw"),
+                                       device=("auto", "cpu", "cuda", "mps"),
                                        dtype=("auto", "bfloat16", "float16", "float32"))
     positive = (*GPTConfig.positive, "learning_rate", "total_batch_size", "max_steps")
 
     def __post_init__(self):
         super().__post_init__()
+        self.out_dir = os.path.expanduser(self.out_dir)
         if self.beta2 >= 1 or self.momentum >= 1:
             raise ValueError("beta2 and momentum must be below 1")
         if self.total_batch_size % self.block_size:
@@ -142,7 +144,6 @@ def load_settings(argv):
                 nearest = difflib.get_close_matches(name, kinds, n=1, cutoff=0)[0]
                 usage_error(f"{arg}: there is no setting {name!r}; did you mean {nearest!r}?")
             values[name] = convert(value, kinds[name])
-    values["out_dir"] = os.path.expanduser(values["out_dir"])
     try:
         return Settings(**values)
     except ValueError as error:
@@ -347,26 +348,27 @@ def load_checkpoint(settings, run, meta):
             old.unlink(missing_ok=True)  # another process may have been first
     if not path.exists():
         return
+    keys = "model", "settings", "meta", "optimizers", "scaler", "counters"
     try:
-        checkpoint = read_checkpoint(path, ("model", "settings", "meta", "optimizers", "scaler",
-                                            "counters"))
+        checkpoint = read_checkpoint(path, keys)
         old, counters = checkpoint["settings"], checkpoint["counters"]
-        differ = [f"{name}={old.get(name)}, now {new[name]}" for name in new
+        faults = [f"{name}={old.get(name)}, now {new[name]}" for name in new
                   if old.get(name) != new[name] and name not in MAY_CHANGE]
         if checkpoint["meta"] != meta:
-            differ.append("another version of the data set")
-        if differ:
-            raise ValueError(f"it belongs to a different run: {'; '.join(differ)}")
+            faults.append("another version of the data set")
         if set(counters) != set(COUNTERS) or not 0 < counters["step"] == checkpoint["step"]:
-            raise ValueError("its counters are invalid")
-        for optimizer, state in zip(run.optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-            if not optimizer.state:
-                raise ValueError("it has no state of the optimizer")
-        run.scaler.load_state_dict(checkpoint["scaler"])
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise SystemExit(f"Cannot continue {path}: {error}. Choose another --out_dir, delete that "
-                         "run with --overwrite=True, or use only its weights with --init_from.")
+            faults.append("invalid counters")
+        if not all(state["state"] for state in checkpoint["optimizers"]):
+            faults.append("no state of the optimizer")
+    except (KeyError, ValueError, TypeError, AttributeError) as error:  # another program's file
+        faults = [str(error)]
+    if faults:
+        raise SystemExit(f"Cannot continue {path}: {'; '.join(faults)}. Choose another --out_dir, "
+                         "delete that run with --overwrite=True, or use only its weights with "
+                         "--init_from.")
+    for optimizer, state in zip(run.optimizers, checkpoint["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    run.scaler.load_state_dict(checkpoint["scaler"])
     run.model.load_weights(checkpoint["model"], path)
     for name in COUNTERS:
         setattr(run, name, counters[name])

@@ -5,6 +5,7 @@ errors. Client.ask tries again, leaves parameters out, gives up on a question, o
 grade.py asks a judge with it, study/generate.py a teacher.
 """
 
+import argparse
 import json
 import os
 import re
@@ -72,7 +73,7 @@ class Client:
         self.key = os.environ.get("OPENAI_API_KEY") or "no-key" * self.is_local
         if not args.dry_run and not re.fullmatch("[!-~]+", self.key):
             raise SystemExit("Set a key, without line breaks or spaces: export OPENAI_API_KEY=...")
-        self.workers = max(1, args.workers or (1 if self.is_local else 8))
+        self.workers = args.workers or (1 if self.is_local else 8)
         self.slots = threading.Semaphore(self.workers)          # requests at a time
         self.spare = threading.Semaphore(self.workers - 1)      # slots that timeouts may take away
         self.timeout = args.timeout or (600 if self.is_local else 60)
@@ -205,13 +206,23 @@ def ask_all(client, ask, items, label):
             client.stop = "Stopped"
 
 
+def above_zero(kind):
+    """The type of an option whose value is a number (int or float) above 0."""
+    def number(text):
+        if not 0 < kind(text) < 1e9:
+            raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
+        return kind(text)
+    return number
+
+
 def add_server_options(parser):
     add = parser.add_argument
     add("--base-url", help="address of the server (default: OpenAI's)",
         default=os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1")
-    add("--workers", type=int, help="requests at a time (default 8; 1 on a local server)")
-    add("--timeout", type=float, help="seconds for a reply (default 60; 600 on a local server)")
-    add("--max-tokens", type=int, help="limit per reply, including its thinking")
+    count, number = above_zero(int), above_zero(float)
+    add("--workers", type=count, help="requests at a time (default 8; 1 on a local server)")
+    add("--timeout", type=number, help="seconds for a reply (default 60; 600 on a local server)")
+    add("--max-tokens", type=count, help="limit per reply, including its thinking")
     add("--dry-run", action="store_true", help="show a request and the price; send nothing")
-    add("--max-cost", type=float, default=np.inf, help="stop before spending this many dollars")
+    add("--max-cost", type=number, default=np.inf, help="stop before spending this many dollars")
     add("--yes", action="store_true", help="continue although it costs more than $1")

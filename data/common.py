@@ -168,13 +168,12 @@ class Console(io.TextIOWrapper):
 
 
 def report_error(kind, error, traceback):
-    """What Python does with an error that nobody caught: a traceback. But a full disk or a missing
-    permission is not a bug, and Ctrl-C is no error: for them, one sentence."""
-    files = (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    """For errors that nobody caught: Python's traceback, except for Ctrl-C and for a disk that is
+    full, broken or not writable. They are not bugs: one sentence."""
+    numbers = errno.ENOSPC, errno.EROFS, errno.EIO, errno.EACCES, errno.EISDIR
     if isinstance(error, KeyboardInterrupt):
         print("\nStopped.", file=sys.stderr)
-    elif full or isinstance(error, files):
+    elif getattr(error, "errno", None) in numbers:
         print(f"Cannot read or write a file: {error}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
