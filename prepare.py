@@ -32,7 +32,7 @@ from filelock import FileLock
 
 from data import common
 from data.bpe import encode_stories, gpt2_ranks, learn_bpe, make_encoding, prune_gpt2
-from data.grammar import FIELDS, GRAMMAR, Story, read_grammar
+from data.grammar import FIELDS, GRAMMAR, SAMPLE_STORIES, Story, read_grammar
 from data.text import CHUNK_BYTES, EOT, HINT, read_stories
 
 HERE = Path(__file__).resolve().parent
@@ -54,7 +54,6 @@ SHA256 = {  # for other files, the hub is asked
     "TinyStories-valid.txt": "94e431816c4cce81ff71e4408ff8d3bda9a42e8d2663986697c3954288cb38b4",
     "TinyStories-train.txt": "c5cf5e22ff13614e830afbe61a99fbcbe8bcb7dd72252b989fa1117a368d401f"}
 SAMPLES = ("sample", "sample-instruct")  # generated from data/grammar.txt
-SAMPLE_STORIES = {"val": 1_000, "train": 30_000}
 
 
 # ------------------------------------- text to stories

@@ -351,14 +351,14 @@ def load_checkpoint(settings, run, meta):
     keys = "model", "settings", "meta", "optimizers", "scaler", "counters"
     try:
         checkpoint = read_checkpoint(path, keys)
-        old, counters = checkpoint["settings"], checkpoint["counters"]
+        old, states, counters = (checkpoint[key] for key in ("settings", "optimizers", "counters"))
         faults = [f"{name}={old.get(name)}, now {new[name]}" for name in new
                   if old.get(name) != new[name] and name not in MAY_CHANGE]
         if checkpoint["meta"] != meta:
             faults.append("another version of the data set")
         if set(counters) != set(COUNTERS) or not 0 < counters["step"] == checkpoint["step"]:
             faults.append("invalid counters")
-        if not all(state["state"] for state in checkpoint["optimizers"]):
+        if [state["state"] != {} for state in states] != [True] * len(run.optimizers):
             faults.append("no state of the optimizer")
     except (KeyError, ValueError, TypeError, AttributeError) as error:  # another program's file
         faults = [str(error)]
@@ -366,7 +366,7 @@ def load_checkpoint(settings, run, meta):
         raise SystemExit(f"Cannot continue {path}: {'; '.join(faults)}. Choose another --out_dir, "
                          "delete that run with --overwrite=True, or use only its weights with "
                          "--init_from.")
-    for optimizer, state in zip(run.optimizers, checkpoint["optimizers"], strict=True):
+    for optimizer, state in zip(run.optimizers, states):
         optimizer.load_state_dict(state)
     run.scaler.load_state_dict(checkpoint["scaler"])
     run.model.load_weights(checkpoint["model"], path)

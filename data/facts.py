@@ -9,8 +9,7 @@ import os
 import random
 import re
 
-import prepare
-from data.grammar import Story, read_grammar
+from data.grammar import SAMPLE_STORIES, Story, read_grammar
 
 OTHER_GENDER = {"he": {"she"}, "him": {"her"}, "his": {"her"}, "himself": {"herself"},
                 "she": {"he"}, "her": {"him", "his"}, "herself": {"himself"}}
@@ -19,7 +18,7 @@ OTHER_GENDER = {"he": {"she"}, "him": {"her"}, "his": {"her"}, "himself": {"hers
 def held_out_stories(n):
     """The first n stories of the grammar after those of the sample."""
     rules, plots = read_grammar()
-    first = sum(prepare.SAMPLE_STORIES.values())
+    first = sum(SAMPLE_STORIES.values())
     return [Story(rules, plots, random.Random(f"0-{first + i}")) for i in range(n)]
 
 

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 GRAMMAR = Path(__file__).resolve().with_name("grammar.txt")
+SAMPLE_STORIES = {"val": 1_000, "train": 30_000}
 FIELDS = ("Features", "Words", "Summary", "Random sentence")
 FIELD_ORDERS = [order for n in range(1, 5) for order in itertools.permutations(FIELDS, n)]
 
