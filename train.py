@@ -568,8 +568,7 @@ def print_sample(model, tokenizer, beginning):
 
 
 def train(settings, watch_signals=list):
-    """Train, or continue, the run in settings.out_dir, until it is complete or the list from
-    watch_signals() has an entry."""
+    """Train or continue the run in out_dir; stop if the list from watch_signals() has an entry."""
     device, dtype, autocast = setup_device(settings)
     folder, T = Path(settings.out_dir), settings.block_size
     if settings.total_batch_size % (T * WORLD_SIZE):
