@@ -165,10 +165,10 @@ class Attention(nn.Module):
         q, k, v, v1 = self.project_qkv(x, rope, v1)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)         # (B, H, S, D)
-        y = self.attend(q.to(k.dtype), k, v).to(q.dtype)  # (B, H, T, D)
+        y = self.apply_attention(q.to(k.dtype), k, v).to(q.dtype)  # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C)), v1
 
-    def attend(self, q, k, v):  # the studies call it, too
+    def apply_attention(self, q, k, v):  # the studies call it, too
         return attention(q, k, v, self.window)
 
 

@@ -150,7 +150,7 @@ def attention_weights(model, idx):
         x, rope, v1, *_ = args
         q, k, *_ = module.project_qkv(x, rope, v1)                  # (1, H, T, D)
         eye = torch.eye(q.size(2)).expand(*q.shape[:2], -1, -1)     # as values: weights @ eye
-        weights.append(module.attend(q, k, eye.to(q))[0].float())
+        weights.append(module.apply_attention(q, k, eye.to(q))[0].float())
 
     hooks = [block.attn.register_forward_pre_hook(record) for block in model.blocks]
     model(idx)
