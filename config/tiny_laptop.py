@@ -2,7 +2,7 @@
 
     python train.py config/tiny_laptop.py
 
-Measured on two CPU cores with bfloat16 (2026-11-29): 6,200 tokens per second on the idle
+Measured on two CPU cores with bfloat16 (2026-11-29): 6,100 tokens per second on the idle
 machine, so this run takes 20 minutes, or half an hour beside other programs; 1.2 GB of memory. On a
 9 MB excerpt of TinyStories (--dataset=excerpt --max_steps=900, as many epochs as here) it reached
 2.034 nats per token, 0.730 bits per byte; with a learning rate of 1e-2, 2.058. The published file
