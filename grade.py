@@ -35,7 +35,7 @@ ANCHORS = ("true ending", "sentences shuffled", "random words")  # best first
 METRICS = ("grammar", "creativity", "consistency", "plot")
 VERDICTS = ("right", "partly", "wrong")
 
-# -------------------------------- what the judge reads
+# -------------------- what the judge reads
 
 INTRO = """In a school exercise, a pupil continues a text, or writes a story with given features. \
 My next message is the page, between two lines like the last line here. The pupil begins to write \
@@ -97,7 +97,7 @@ def grade_schema(task):
             "json_schema": {"name": "grades", "strict": True, "schema": schema}}
 
 
-# ------------------------------ what the judge replied
+# -------------------- what the judge replied
 
 # A line like "- **Grammar score:** 7/10", or a JSON pair, also {"grammar": {"score": 7}}.
 SUFFIX = "(?:score|grade|group)"
@@ -162,7 +162,7 @@ def add_reply(item, reply):
         item["reason"] = reason + (", cut: raise --max-tokens" if cut else "")
 
 
-# --------------------------------- stories and anchors
+# -------------------- stories and anchors
 
 def read_prompts(task, path, synthetic):
     """-> [{"prompt", perhaps "ending", "right", "kind", "Words", ...}]. synthetic: of our own
@@ -298,7 +298,7 @@ def judge_story(client, item):
             add_reply(item, reply)
 
 
-# ---------------------------- statistics and the table
+# -------------------- statistics and the table
 
 def mean_interval(groups):
     """Groups of numbers, one group per prompt -> the mean of the group means, and half the width of
@@ -371,7 +371,7 @@ def summary_rows(items):
     return rows
 
 
-# ---------------------------------------- command line
+# -------------------- command line
 
 def build_parser():
     parser = common.command_parser(__doc__)

@@ -58,7 +58,7 @@ class GPTConfig:
                              "(2 * n_head)")
 
 
-# ------------------------------------- building blocks
+# -------------------- building blocks
 
 def make_norm(config):
     if config.norm == "layer":
@@ -238,7 +238,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return x_grad.float() * grad, w_grad * grad, None
 
 
-# ------------------------------------------- the model
+# -------------------- the model
 
 class GPT(nn.Module):
     def __init__(self, config):
@@ -391,7 +391,7 @@ def sample_next_token(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     return next_id.squeeze(1).clamp(max=logits.size(-1) - 1)
 
 
-# --------------------------------------------- devices
+# -------------------- devices
 
 def find_device(name="auto"):
     """auto -> the fastest device here. SystemExit if torch cannot use it."""

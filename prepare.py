@@ -50,13 +50,10 @@ SOURCES = {
                  {"val": "TinyStories-Instruct-valid.txt",
                   "train": "TinyStories-Instruct-train.txt"}),
 }
-SHA256 = {  # for other files, the hub is asked
-    "TinyStories-valid.txt": "94e431816c4cce81ff71e4408ff8d3bda9a42e8d2663986697c3954288cb38b4",
-    "TinyStories-train.txt": "c5cf5e22ff13614e830afbe61a99fbcbe8bcb7dd72252b989fa1117a368d401f"}
 SAMPLES = ("sample", "sample-instruct")  # generated from data/grammar.txt
 
 
-# ------------------------------------- text to stories
+# -------------------- text to stories
 
 def json_hash(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
@@ -99,9 +96,12 @@ def choose_splits(files, separator):
     """Check all text -> for each story its split, or None for a repeated one; and counts of what
     was repaired or dropped. Without validation files, some training stories become validation."""
     counts, seen, splits = Counter(), {}, []  # seen: hash of a story -> its position
+    n_characters = n_lost = 0
     for split, path in files:
         for stories in read_stories(path, counts, separator):
             for story in stories:
+                n_characters += len(story)
+                n_lost += story.count("\ufffd") + story.count("\0")
                 key = hashlib.blake2b(story.encode(), digest_size=8).digest()
                 repeated = split == "train" and key in seen
                 counts["dropped: repeated"] += repeated
@@ -113,7 +113,7 @@ def choose_splits(files, separator):
             splits[seen[key]] = "val"
     names = ", ".join(str(path) for _, path in files)
     n_wrong, n_nul = counts["damaged: not UTF-8"], counts["damaged: NUL characters"]
-    if n_wrong + n_nul > len(splits) / 20:
+    if n_lost > 0.02 * n_characters or n_wrong + n_nul > max(2, 0.02 * len(splits)):
         encoding = "UTF-16" if n_nul else "WINDOWS-1252"
         raise SystemExit(f"{names}: of {len(splits):,} stories, {n_wrong:,} are not UTF-8 and "
                          f"{n_nul:,} contain NUL characters, as UTF-16 and binary files do. If it "
@@ -125,7 +125,7 @@ def choose_splits(files, separator):
     return splits, +counts  # + drops zeros
 
 
-# ------------------------------------ prepared folders
+# -------------------- prepared folders
 
 def write_meta(folder, meta):
     """Write meta.json, with checksums of the files next to it and of its own entries."""
@@ -172,6 +172,10 @@ def load_tokenizer(folder):
     for line in (Path(folder) / "tokenizer.tiktoken").read_bytes().splitlines():
         token, rank = line.split()
         ranks[base64.b64decode(token)] = int(rank)
+    n = len(ranks)
+    if (sorted(ranks.values()) != [*range(n)] or not all(bytes([i]) in ranks for i in range(256))
+            or (meta["vocab_size"], meta["eot"]) != (n + 1, n)):
+        raise SystemExit(f"{folder}: the tokenizer lacks tokens or does not match meta.json")
     return make_encoding(ranks, meta.get("pattern"))
 
 
@@ -219,7 +223,7 @@ def prepare_dataset(args, folder):
             files = [(split, folder / name) for split, name in names.items()]
             for _, path in files:
                 url = common.hub_url(repo, revision, path.name)
-                common.download(url, path, SHA256.get(path.name))
+                common.download(url, path)
         splits, counts = choose_splits(files, args.separator)
         sample = read_all([file for file in files if file[0] == "train"], args.separator)
         sample = islice(sample, BPE_SAMPLE_BYTES // CHUNK_BYTES)

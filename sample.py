@@ -19,7 +19,7 @@ from data import common
 from data.grammar import FIELDS, format_instructions
 from model import best_dtype, find_device, load_model, tune_malloc
 
-# --------------------------------------- loading a run
+# -------------------- loading a run
 
 
 def find_run(path):
@@ -65,7 +65,7 @@ def results_folder(path):
     return folder
 
 
-# ------------------------------------- writing stories
+# -------------------- writing stories
 
 def encode_prompt(tokenizer, prompt, block_size):
     """The ids of the prompt after an end token: in training, each story follows one. A space at the
@@ -106,7 +106,7 @@ def print_stream(model, tokenizer, prompt, **sampling):
     print()
 
 
-# ---------------------------------------- command line
+# -------------------- command line
 
 def layer_and_head(text):
     if not re.fullmatch(r"\d+\.\d+", text):

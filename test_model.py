@@ -431,7 +431,8 @@ def test_another_run_is_never_overwritten(data, finished, change):
 def test_resume_refuses_a_checkpoint_without_optimizer_or_with_an_invalid_step(
         data, finished, tmp_path):
     for damage in (lambda c: c["optimizers"][0]["state"].clear(), lambda c: c.pop("optimizers"),
-                   lambda c: c["optimizers"].pop(),
+                   lambda c: c["optimizers"].pop(), lambda c: c["counters"].update(micro_batch=0),
+                   lambda c: c["counters"].update(step="x"), lambda c: c["counters"].update(log=1),
                    lambda c: c["counters"].update(step=-3), lambda c: c["counters"].pop("log")):
         checkpoint = read_checkpoint(finished / "ckpt.pt")
         damage(checkpoint)

@@ -93,7 +93,7 @@ MAY_CHANGE = {"max_steps", "eval_interval", "eval_tokens", "final_eval_tokens", 
 SAMPLE_STEPS = {25 * 2 ** i for i in range(12)}  # a sample of text at steps 25, 50, 100, ...
 
 
-# -------------------------------------------- settings
+# -------------------- settings
 
 def usage_error(message):
     print(f"train.py: {message}", file=sys.stderr)
@@ -150,7 +150,7 @@ def load_settings(argv):
         usage_error(error)
 
 
-# ------------------------------------------------ data
+# -------------------- data
 
 def load_dataset(name):
     """-> folder, its meta.json. A missing data set that prepare.py knows is prepared."""
@@ -236,7 +236,7 @@ def evaluate(model, batches, device, autocast):
     return total / count
 
 
-# ------------------------------------------ optimizers
+# -------------------- optimizers
 
 def orthogonalize(x):
     """Matrices (n, rows, columns) -> nearest matrices with all singular values near 1, by five
@@ -299,7 +299,7 @@ def lr_multiplier(settings, step):
     return min(1.0, left / max(settings.cooldown_frac, 1e-9))
 
 
-# -------------------------------- checkpoints and logs
+# -------------------- checkpoints and logs
 
 @dataclass
 class Run:
@@ -356,11 +356,14 @@ def load_checkpoint(settings, run, meta):
                   if old.get(name) != new[name] and name not in MAY_CHANGE]
         if checkpoint["meta"] != meta:
             faults.append("another version of the data set")
-        if set(counters) != set(COUNTERS) or not 0 < counters["step"] == checkpoint["step"]:
+        integers = counters["step"], counters["micro_batch"]
+        if (set(counters) != set(COUNTERS) or counters["step"] != checkpoint["step"]
+                or type(counters["log"]) is not list
+                or not all(type(n) is int and n > 0 for n in integers)):
             faults.append("invalid counters")
         if [state["state"] != {} for state in states] != [True] * len(run.optimizers):
             faults.append("no state of the optimizer")
-    except (KeyError, ValueError, TypeError, AttributeError) as error:  # another program's file
+    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         faults = [str(error)]
     if faults:
         raise SystemExit(f"Cannot continue {path}: {'; '.join(faults)}. Choose another --out_dir, "
@@ -427,7 +430,7 @@ def print0(text, file=None):
         sys.stdout = sys.stderr = None  # Python then ignores all further prints
 
 
-# ------------------------------- machine and processes
+# -------------------- machine and processes
 
 def setup_device(settings):
     """Connect this process with the others -> device, number format, autocast context."""
@@ -493,7 +496,7 @@ def announce_duration(settings, device, autocast):
                "laptop: python train.py config/tiny_laptop.py, or config/demo.py")
 
 
-# ---------------------------------------- the training
+# -------------------- the training
 
 def model_config(settings):
     return GPTConfig(**{f.name: getattr(settings, f.name) for f in fields(GPTConfig)})

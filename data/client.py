@@ -29,6 +29,8 @@ def append_line(path, record):
     """Append a JSON line. The newline comes first, because a crash may have cut the last line."""
     with LOCK, open(path, "ab") as file:
         file.write(b"\n" + json.dumps(record).encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_lines(path):
@@ -51,7 +53,7 @@ def read_reply(body):
         text, usage = "", chunks[-1].get("usage") or {}
         for choice in choices:
             message = choice.get("message") or choice["delta"]
-            content = message.get("content") or ""
+            content = message.get("content") or message.get("refusal") or ""
             if isinstance(content, list):
                 content = "".join(part.get("text", "") for part in content)
             text += content
@@ -98,6 +100,8 @@ class Client:
     def send(self, messages, parameters):
         """One request -> HTTP status (0: none), body or error, text of the header Retry-After."""
         import openai
+        messages = [{**message, "content": message["content"].encode("utf-8", "replace").decode()}
+                    for message in messages]        # no lone surrogates
         try:
             response = self.api.chat.completions.with_raw_response.create(
                 model=self.name, messages=messages, **parameters).http_response
