@@ -169,10 +169,11 @@ def save_tokenizer(folder, ranks):
 def load_tokenizer(folder):
     """The tokenizer of a data set or a run: a tiktoken.Encoding, whose eot_token ends a story."""
     meta, ranks = read_meta(folder, "tokenizer.tiktoken"), {}
-    for line in (Path(folder) / "tokenizer.tiktoken").read_bytes().splitlines():
+    lines = (Path(folder) / "tokenizer.tiktoken").read_bytes().splitlines()
+    for line in lines:
         token, rank = line.split()
         ranks[base64.b64decode(token)] = int(rank)
-    n = len(ranks)
+    n = len(lines)
     if (sorted(ranks.values()) != [*range(n)] or not all(bytes([i]) in ranks for i in range(256))
             or (meta["vocab_size"], meta["eot"]) != (n + 1, n)):
         raise SystemExit(f"{folder}: the tokenizer lacks tokens or does not match meta.json")

@@ -423,3 +423,14 @@ def test_the_token_is_sent_to_the_hub_only_and_never_printed(fetch, monkeypatch)
 def test_without_a_network_the_hint_comes_first(tmp_path):
     with pytest.raises(SystemExit, match="^Without a network: python train.py.*refused"):
         download("http://127.0.0.1:9/f", tmp_path / "f")
+
+
+def test_a_tokenizer_is_checked_even_if_its_checksum_fits(tmp_path):
+    meta, *_ = run(tmp_path, many(100))
+    path = tmp_path / "set" / "tokenizer.tiktoken"
+    lines = path.read_bytes().splitlines(keepends=True)
+    for wrong in (lines[:-1], lines[1:] + lines[:1] * 2, lines[:5] + lines[6:]):
+        path.write_bytes(b"".join(wrong))
+        prepare.write_meta(path.parent, meta)
+        with pytest.raises(SystemExit, match="tokenizer"):
+            prepare.load_tokenizer(path.parent)
