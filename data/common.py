@@ -10,6 +10,8 @@ import shutil
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
+from traceback import extract_tb
 
 import numpy as np
 import requests
@@ -29,6 +31,7 @@ PUBLISHED = {
         2_227_753_162, "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443"),
     "TinyStories-Instruct-valid.txt": (
         None, "68559e01675940bd415fe0b629406897d6f6bfd40067ff411a9b1daf78260c05")}
+ROOT = Path(__file__).resolve().parents[1]
 MAX_DOWNLOAD = 10 << 30             # bytes, if the server gives no size
 TIMEOUT = 10, 60                    # seconds to connect, and without any data
 BACKOFF = 1.0                       # seconds before the first retry; then longer
@@ -182,11 +185,14 @@ class Console(io.TextIOWrapper):
 
 def report_error(kind, error, traceback):
     """For errors that nobody caught: Python's traceback, except for Ctrl-C and for a disk that is
-    full, broken or not writable. They are not bugs: one sentence."""
-    numbers = errno.ENOSPC, errno.EROFS, errno.EIO, errno.EACCES, errno.EISDIR
+    full, broken or not writable. They are not bugs: one sentence. A script that opens a wrong file
+    itself has a bug: then the last frame of the traceback is in that script."""
+    number = getattr(error, "errno", None)
+    in_script = Path(extract_tb(traceback)[-1].filename).parent in (ROOT, ROOT / "study")
     if isinstance(error, KeyboardInterrupt):
         print("\nStopped.", file=sys.stderr)
-    elif getattr(error, "errno", None) in numbers:
+    elif number == errno.ENOSPC or not in_script and number in (
+            errno.EROFS, errno.EIO, errno.EACCES, errno.EISDIR):
         print(f"Cannot read or write a file: {error}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)

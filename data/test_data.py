@@ -304,7 +304,8 @@ def test_an_output_that_cannot_be_written_gets_one_sentence_or_silence(output):
 
 
 @pytest.mark.parametrize("code, lines", [
-    ("open('.')", 1), ("open('/dev/full', 'w').write(9_999 * 'x')", 1), ("open('missing')", 3)])
+    ("open('.')", 1), ("open('/dev/full', 'w').write(9_999 * 'x')", 1), ("open('missing')", 3),
+    ("exec(compile('open(chr(46))', common.ROOT / 'train.py', 'exec'))", 6)])
 def test_a_full_disk_is_one_sentence_and_a_bug_a_traceback(code, lines):
     code = f"from data import common\ncommon.setup_console()\n{code}"
     done = subprocess.run([sys.executable, "-c", code], cwd=prepare.HERE, capture_output=True)
