@@ -8,7 +8,8 @@
     python grade.py stories.jsonl                 # {"prompt", "completion", "model"} per line
 
 A hosted judge needs OPENAI_API_KEY. Stories and replies are stored in the run's folder: run the
-same command to continue; nothing is paid twice. See arXiv 2305.07759.
+same command to continue; nothing is paid twice. Exit code 3: stopped, or over 5 % ungraded.
+See arXiv 2305.07759.
 """
 
 import hashlib
@@ -168,7 +169,7 @@ def read_prompts(task, path, synthetic):
     """-> [{"prompt", perhaps "ending", "right", "kind", "Words", ...}]. synthetic: of our own
     prompts, only those in the vocabulary of data/grammar.txt."""
     file = Path(path or prepare.HERE / "data" / TASKS[task][1])
-    rows = read_lines(file) if file.suffix == ".jsonl" else []
+    rows = read_lines(file, strict=True) if file.suffix == ".jsonl" else []
     text = file.read_text("utf-8") if file.suffix == ".txt" and file.is_file() else ""
     for line in text.split("\n"):
         if line and not line.startswith("#"):
@@ -212,7 +213,7 @@ def complete_prompts(path, args):
 def read_story_file(path, task):
     """Stories from a file, one JSON object per line; repeated ones count once."""
     needed, items = ["model", "prompt", "completion"] + ["right"] * (task == "probes"), {}
-    for line in read_lines(path):
+    for line in read_lines(path, strict=True):
         item = {"model": path.stem, **line, "folder": path.parent}
         if not all(isinstance(item.get(name), str) for name in needed) or item["model"] in ANCHORS:
             raise SystemExit(f"{path}: each line needs the texts {', '.join(needed)}, and no model "
@@ -231,10 +232,10 @@ def make_anchors(items):
     items = {item["prompt"]: item for item in items}.values()
     for item in sorted(items, key=lambda item: (not item.get("ending"), item["prompt"]))[:10]:
         ending, rng = item.get("ending", ""), random.Random(item["prompt"])
-        text = ending or item["completion"]
-        sentences = split_sentences(text)
+        story = ending or item["completion"]
+        sentences = split_sentences(story)
         shuffled = sentences[1::2] + sentences[::2] if len(sentences) > 1 else []
-        words = rng.choices((item["prompt"] + text).split() or ["a"], k=60)
+        words = rng.choices((item["prompt"] + story).split() or ["a"], k=60)
         for name, text in zip(ANCHORS, (ending, " ".join(shuffled), " ".join(words))):
             if text:
                 yield {"model": name, "prompt": item["prompt"], "completion": f" {text.strip()}",
@@ -335,15 +336,16 @@ def items_by_model(items):
 
 
 def anchors_in_order(by_model):
-    """Whether each anchor is significantly better than the next; None if there is only one."""
+    """Whether each anchor is significantly better than the next; None if there are too few."""
     grades = [by_prompt(by_model[name], *METRICS) for name in ANCHORS if name in by_model]
     steps = [paired_interval(*pair) for pair in zip(grades, grades[1:])]
-    return all(mean - half > 0 for mean, half in steps) if steps else None
+    known = steps and np.isfinite(steps).all()
+    return all(mean > half for mean, half in steps) if known else None
 
 
-def format_interval(interval, form=".2f"):
+def format_interval(interval, spec=".2f"):
     mean, half = interval
-    text = f"{mean:{form}} ± {half:{form.strip('+')}}"
+    text = f"{mean:{spec}} ± {half:{spec.strip('+')}}"
     return re.sub(r"\+?nan( ± nan)?", "-", text)
 
 
@@ -413,8 +415,8 @@ def main(argv=None):
     if todo or args.dry_run:
         confirm_cost(client, f"{len(items):,} stories and anchors, {len(todo):,} to grade",
                      [build_messages(item) for item in items], 2 * len(todo), 250 * len(todo))
-        order = random.Random(0).sample([*todo.values()], len(todo))  # fair if it stops early
-        ask_all(client, lambda item: judge_story(client, item), order, "graded")
+        queue = random.Random(0).sample([*todo.values()], len(todo))  # fair if it stops early
+        ask_all(client, lambda item: judge_story(client, item), queue, "graded")
         attach_replies(items, args.judge, client.url, args.repeat)
         print(f"Spent: {client.spent_text()}")
     print("\n" + common.format_table(summary_rows(items)))
@@ -427,7 +429,8 @@ def main(argv=None):
         print(f"unscored: {n} x {reason}", file=sys.stderr)
     print(f"Stories and replies: python -m study.report {shlex.join(argv or sys.argv[1:])}")
     if client.stop or unscored.total() > 0.05 * len(items):
-        print(f"{client.stop or 'Many are unscored'}. Run it again to continue.", file=sys.stderr)
+        reason = client.stop or "Many are unscored"
+        print(f"{reason}. Run it again to continue, or with --repeat 1.", file=sys.stderr)
         return 3
     return 0
 

@@ -155,11 +155,6 @@ def read_meta(folder, *files):
             f"again: {command} --force. If {folder} is a run, copy the file from its data set."))
 
 
-def verify_dataset(folder):
-    """Check all files of a data set -> its meta.json."""
-    return read_meta(folder, *FILES)
-
-
 def save_tokenizer(folder, ranks):
     with common.atomic_write(folder / "tokenizer.tiktoken") as file:
         for token, rank in ranks.items():
@@ -203,7 +198,7 @@ def prepare_dataset(args, folder):
     text_hash = grammar_hash(grammar) if grammar else json_hash(
         [SOURCES.get(args.name), *(common.file_sha256(path) for _, path in files)])
     if (folder / "meta.json").exists() and not args.force:
-        meta = verify_dataset(folder)
+        meta = read_meta(folder, *FILES)
         if (meta["command"], meta["text_hash"]) != (args.command, text_hash):
             raise SystemExit(f"{folder} exists already, from another text or command "
                              f"({meta['command']}). Add --force, or choose another name.")
@@ -290,10 +285,11 @@ def main(argv=None):
         if not Path(args.tokenizer, "tokenizer.tiktoken").is_file():
             parser.error("--tokenizer must be gpt2, bpe, or a folder that has a tokenizer.tiktoken")
     folder = HERE / "data" / args.name
-    own_text = args.grammar and (folder / "train.txt").exists()
-    if folder.is_file() or (HERE / "data").is_relative_to(folder.resolve()) or (
-            folder / "ckpt.pt").exists() or own_text and not (folder / "meta.json").exists():
-        parser.error(f"{folder} has other files, which must stay; choose another name")
+    is_run = (folder / "ckpt.pt").exists()
+    is_parent = (HERE / "data").is_relative_to(folder.resolve())  # NAME is . or ..
+    own_text = (folder / "train.txt").exists() and not (folder / "meta.json").exists()
+    if folder.is_file() or is_run or is_parent or args.grammar and own_text:
+        parser.error(f"{folder} has other files; choose another name")
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):  # wait for another prepare.py
         prepare_dataset(args, folder)

@@ -21,7 +21,6 @@ from model import best_dtype, find_device, load_model, tune_malloc
 
 # -------------------- loading a run
 
-
 def find_run(path):
     """A run's folder or a checkpoint file -> the checkpoint file."""
     path = Path(path)
@@ -29,7 +28,7 @@ def find_run(path):
     if not file.is_file() and path.parts[:1] == ("roneneldan",):
         raise SystemExit(f"Import the released model first: python -m study.hf {path.as_posix()}")
     if not file.is_file():
-        raise SystemExit(f"There is no trained model at {path}. Use data/demo_model, or train one: "
+        raise SystemExit(f"{path} has no trained model. Use data/demo_model, or train one: "
                          "python train.py config/demo.py")
     return file
 
@@ -152,7 +151,7 @@ def main(argv=None):
     add_sampling_options(parser, temperature=0.8)
     args = parse_args(parser, argv)
     if args.num_samples < 1 or not 0 < args.max_new_tokens < 1_000_000:
-        parser.error("-n and --max_new_tokens must be at least 1 (and below a million tokens)")
+        parser.error("-n and --max_new_tokens must be at least 1, and below a million")
     if args.top_k < 0 or not 0 < args.top_p <= 1:
         parser.error("--top_k must not be negative, and --top_p must be in (0, 1]")
     instructions = {field: vars(args)[field] for field in FIELDS if vars(args)[field]}

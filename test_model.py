@@ -11,6 +11,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,9 +60,6 @@ def model(request):
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p) * (0.3 if p.ndim else 1.0))
     return model
-
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
 
 
 # -------------------------------------------------------------- model
@@ -147,6 +145,15 @@ def test_chunked_loss_equals_plain_cross_entropy_in_value_and_gradients():
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
 
 
+def test_float16_gradients_do_not_vanish_in_large_batches():
+    x, targets, grads = torch.randn(1 << 18, 8, requires_grad=True), random_ids(1 << 18, 1), []
+    for dtype in (torch.float32, torch.float16):
+        with torch.autocast("cpu", dtype, dtype != torch.float32):
+            loss = model_module.ChunkedCrossEntropy.apply(x, torch.eye(128, 8), targets[:, 0])
+        grads += torch.autograd.grad(loss * len(x), x)
+    torch.testing.assert_close(*grads, atol=1e-3, rtol=0.01)
+
+
 def test_a_fresh_model_knows_nothing_and_a_copying_one_repeats():
     ids = random_ids(8, 40)
     _, loss = build(**OURS)(ids[:, :-1], ids[:, 1:])
@@ -201,7 +208,7 @@ model(ids, ids)[1].backward()
     assert done.returncode == 0, done.stderr
 
 
-@needs_gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
 def test_a_gpu_computes_what_a_cpu_does(model):
     ids = random_ids(2, 40)
     torch.testing.assert_close(copy.deepcopy(model).cuda()(ids.cuda())[0].cpu(), model(ids)[0],
@@ -428,8 +435,8 @@ def test_another_run_is_never_overwritten(data, finished, change):
     assert (finished / "ckpt.pt").read_bytes() == before
 
 
-def test_resume_refuses_a_checkpoint_without_optimizer_or_with_an_invalid_step(
-        data, finished, tmp_path):
+def test_resume_refuses_a_checkpoint_of_another_program_or_model_py(
+        data, finished, tmp_path, monkeypatch):
     for damage in (lambda c: c["optimizers"][0]["state"].clear(), lambda c: c.pop("optimizers"),
                    lambda c: c["optimizers"].pop(), lambda c: c["counters"].update(micro_batch=0),
                    lambda c: c["counters"].update(step="x"), lambda c: c["counters"].update(log=1),
@@ -439,6 +446,10 @@ def test_resume_refuses_a_checkpoint_without_optimizer_or_with_an_invalid_step(
         torch.save(checkpoint, tmp_path / "ckpt.pt")
         with pytest.raises(SystemExit, match="ckpt.pt"):
             train.train(settings(data, tmp_path))
+    shutil.copy(finished / "ckpt.pt", tmp_path)
+    monkeypatch.setattr(GPT, "init_weights", lambda x: x.register_buffer("gate", torch.ones(1)))
+    with pytest.raises(SystemExit, match="(?s)do not fit this model.py.*gate"):
+        train.train(settings(data, tmp_path))
 
 
 def test_any_flipped_bit_in_a_checkpoint_is_detected_or_harmless(finished, tmp_path):
@@ -474,13 +485,10 @@ def test_weights_of_another_model_py_are_refused_with_their_names(finished, tmp_
 
 
 def test_a_bug_in_model_py_shows_its_own_traceback(finished, tmp_path, data):
-    for bug in ("self.norm = make_nrm(config)", "x = x @ torch.zeros(3, 5)"):
-        name = "make_nrm" if "nrm" in bug else "shapes"
-        place = "self.norm = make_norm(config)"
-        place = place if "nrm" in bug else "B, T, C = x.shape\n        q, k"
-        added = bug if "nrm" in bug else f"{bug}\n        {place}"
-        text = (HERE / "model.py").read_text().replace(place, added, 1)
-        (tmp_path / "model.py").write_text(text)
+    for line, bug, name in (("= make_norm(config)", "= make_nrm(config)", "make_nrm"),
+                            ("x.shape\n        q,", "(x @ self.qkv).shape\n        q,", "invalid")):
+        text = (HERE / "model.py").read_text()
+        (tmp_path / "model.py").write_text(text.replace(line, bug, 1))
         code = (f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(HERE)!r}]; import sample;"
                 f"sample.main([{str(finished)!r}])")
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -505,6 +513,32 @@ def test_weights_that_are_not_finite_are_never_saved(data, tmp_path):
     run.model.norm_weight = nn.Parameter(torch.tensor([math.nan]))
     assert not train.save_checkpoint(settings(data, tmp_path), run, {})
     assert (tmp_path / "ckpt.pt").read_bytes() == before
+
+
+def first_step(data, tmp_path, loss_fn, scaler=False, device="cpu"):
+    """Make one step with a loss_fn(model) -> the run, and the weights before."""
+    options, device = settings(data, tmp_path), torch.device(device)
+    model = GPT(train.model_config(options)).to(device)
+    run = train.Run(model, train.make_optimizers(model, options, device),
+                    torch.amp.GradScaler("cpu", enabled=scaler), loss_sum=torch.tensor(1.0))
+    before, run.micro_batch = copy.deepcopy(model.state_dict()), 8
+    train.training_step(run, options, device, torch.autocast("cpu", enabled=False),
+                        lambda x, y: (None, loss_fn(model)), data / "train.bin", [])
+    return run, before
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_in_float16_all_optimizers_skip_a_step_or_none(data, tmp_path, bad):
+    def loss_fn(model):     # only the gradient of the embedding is bad
+        return sum(p.sum() for p in model.parameters()) + bad * model.token_embedding.weight.sum()
+    run, before = first_step(data, tmp_path, loss_fn, scaler=True)
+    assert_equal_weights(before, run.model.state_dict())
+
+
+def test_a_run_continues_on_another_device(data, tmp_path):
+    run, _ = first_step(data, tmp_path, lambda model: sum(p.sum() for p in model.parameters()),
+                        device="meta")                      # a checkpoint is loaded on the CPU
+    assert run.loss_sum.device.type == "meta"
 
 
 def test_init_from_starts_with_the_weights_of_another_run(data, finished, tmp_path):
@@ -686,6 +720,7 @@ def test_a_judge_of_noise_puts_two_anchors_in_order_in_at_most_5_percent():
                    for name in grade.ANCHORS[1:]}
         passed.append(grade.anchors_in_order(stories))
     assert np.mean(passed) <= 0.05
+    assert grade.anchors_in_order({name: x[:1] for name, x in stories.items()}) is None
 
 
 def test_anchors_do_not_depend_on_the_order_of_models():
@@ -812,6 +847,12 @@ def test_one_command_grades_all_that_a_server_allows(ask, reply, graded, says):
     code, _, requests = ask(good, "--max-tokens=4000")      # the same command continues
     assert code == 0 and {request.get("max_tokens") for request in requests} <= {4000}
     assert len(requests) <= 10 - 2 * graded and ask(good)[2] == []
+
+
+def test_a_stream_that_breaks_is_asked_for_again(ask):
+    headers = iter(["Content-Length: 9999\r\n"])
+    assert ask(lambda request: (*stream(request), next(headers, "")) if "stream" in request
+               else (400, {}))[0] == 0
 
 
 def test_a_server_with_one_slot_grades_all_stories(ask):

@@ -4,8 +4,8 @@
     python train.py config/tiny_8l.py --learning_rate=1e-3  # every setting can be overridden
     torchrun --standalone --nproc_per_node=4 train.py config/tiny_8l.py  # several GPUs
 
-Writes out/<config>/: ckpt.pt, tokenizer, log.csv and loss.png. Stop it at any time (Ctrl-C); run
-the same command to continue exactly where it stopped.
+Writes out/<config>/: ckpt.pt, tokenizer, log.csv and loss.png. Stop it at any time (Ctrl-C): the
+same command continues exactly where it stopped.
 """
 
 import ast
@@ -81,22 +81,22 @@ class Settings(GPTConfig):  # the model's settings, and:
         self.out_dir = os.path.expanduser(self.out_dir)
         if self.beta2 >= 1 or self.momentum >= 1:
             raise ValueError("beta2 and momentum must be below 1")
-        if self.total_batch_size % self.block_size:
+        if self.total_batch_size % (self.block_size * WORLD_SIZE):
             raise ValueError(f"total_batch_size={self.total_batch_size} must be a multiple of "
-                             f"block_size={self.block_size}")
+                             f"block_size * processes = {self.block_size * WORLD_SIZE}")
 
 
 # These may differ when a run continues: they do not change the steps already made.
 MAY_CHANGE = {"max_steps", "eval_interval", "eval_tokens", "final_eval_tokens", "log_interval",
               "save_interval", "keep_checkpoints", "overwrite", "out_dir", "micro_batch", "device",
               "compile"}
-SAMPLE_STEPS = {25 * 2 ** i for i in range(12)}  # a sample of text at steps 25, 50, 100, ...
+SAMPLE_STEPS = {25 * 2 ** i for i in range(12)}
 
 
 # -------------------- settings
 
 def usage_error(message):
-    print(f"train.py: {message}", file=sys.stderr)
+    print0(f"train.py: {message}", sys.stderr)
     raise SystemExit(2)
 
 
@@ -162,7 +162,7 @@ def load_dataset(name):
                              f"python prepare.py {shlex.quote(name)} --input STORIES.txt")
         print0(f"Preparing {name} first (python prepare.py {name}):")
         prepare.main([name])
-    meta = prepare.verify_dataset(folder)
+    meta = prepare.read_meta(folder, *prepare.FILES)
     if prepare.grammar_changed(meta):
         print0(f"data/grammar.txt has changed. To use it: python prepare.py {name} --force")
     return folder, meta
@@ -200,20 +200,20 @@ def validation_batches(file, eot, block_size, eval_tokens, rows=16):
     data = data[:eval_tokens + 1] if eval_tokens else data
     n = (len(data) - 1) // block_size * block_size
     if n <= 0:
-        raise SystemExit(f"{file} has fewer tokens than block_size={block_size}. Use more text, or "
-                         "a smaller --block_size.")
+        raise SystemExit(f"{file} or eval_tokens has fewer tokens than block_size={block_size}. "
+                         "Use more, or a smaller --block_size.")
     x, y = (torch.from_numpy(data[i:i + n]).view(-1, block_size) for i in (0, 1))
     windows = list(zip(x.split(rows), y.split(rows)))
 
     stories = np.split(data, np.flatnonzero(data == eot) + 1)  # each ends with eot
     stories = [np.append(eot, story)[:block_size + 1] for story in stories if len(story)]
     stories.sort(key=len)  # similar lengths together: little padding
-    whole = []
+    padded = []
     for i in range(0, len(stories), rows):
         batch = [torch.from_numpy(story) for story in stories[i:i + rows]]
         batch = nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=-1)
-        whole.append((batch[:, :-1].clamp(min=0), batch[:, 1:]))
-    return windows, whole
+        padded.append((batch[:, :-1].clamp(min=0), batch[:, 1:]))
+    return windows, padded
 
 
 def bpb_factor(batches, tokenizer):
@@ -315,7 +315,7 @@ class Run:
     log: list = field(default_factory=list)  # one dict per line of log.csv
 
 
-COUNTERS = ("step", "seconds", "loss_sum", "loss_steps", "micro_batch", "log")
+COUNTERS = [f.name for f in fields(Run)][3:]  # plain values
 
 
 def save_checkpoint(settings, run, meta):
@@ -361,7 +361,7 @@ def load_checkpoint(settings, run, meta):
                 or type(counters["log"]) is not list
                 or not all(type(n) is int and n > 0 for n in integers)):
             faults.append("invalid counters")
-        if [state["state"] != {} for state in states] != [True] * len(run.optimizers):
+        if len(states) != len(run.optimizers) or not all(state["state"] for state in states):
             faults.append("no state of the optimizer")
     except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         faults = [str(error)]
@@ -369,10 +369,10 @@ def load_checkpoint(settings, run, meta):
         raise SystemExit(f"Cannot continue {path}: {'; '.join(faults)}. Choose another --out_dir, "
                          "delete that run with --overwrite=True, or use only its weights with "
                          "--init_from.")
+    run.model.load_weights(checkpoint["model"], path)
     for optimizer, state in zip(run.optimizers, states):
         optimizer.load_state_dict(state)
-    run.scaler.load_state_dict(checkpoint["scaler"])
-    run.model.load_weights(checkpoint["model"], path)
+    run.scaler.load_state_dict(checkpoint["scaler"] or run.scaler.state_dict())
     for name in COUNTERS:
         setattr(run, name, counters[name])
 
@@ -395,7 +395,7 @@ def write_log(folder, log, entropy_floor=None):
         columns = list(dict.fromkeys(name for row in log for name in row))
         lines = [columns] + [[row.get(name, "") for name in columns] for row in log]
         common.write_text(folder / "log.csv",
-                           "".join(",".join(map(str, line)) + "\n" for line in lines))
+                          "".join(",".join(map(str, line)) + "\n" for line in lines))
         plot_loss(folder, log, entropy_floor)
     except Exception as error:  # neither is worth stopping a training run
         print0(f"Cannot write log.csv or loss.png: {error!r}", sys.stderr)
@@ -490,9 +490,10 @@ def announce_duration(settings, device, autocast):
     with autocast:
         _, loss = model(x.to(device), x.to(device))
     loss.backward()
-    seconds = (time.time() - start) / x.numel() * settings.max_steps * settings.total_batch_size
+    tokens = settings.max_steps * settings.total_batch_size / WORLD_SIZE  # for each process
+    seconds = (time.time() - start) * tokens / x.numel()
     if seconds > 2 * 3600:
-        print0(f"This run will take about {seconds / 3600:,.0f} hours on this machine. For a "
+        print0(f"This run takes about {seconds / 3600:,.0f} hours on this machine. For a "
                "laptop: python train.py config/tiny_laptop.py, or config/demo.py")
 
 
@@ -527,14 +528,17 @@ def training_step(run, settings, device, autocast, loss_fn, file, signals):
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), settings.grad_clip or math.inf)
+    # In float16, all optimizers skip a step with infinite gradients.
+    is_valid = not run.scaler.is_enabled() or grad_norm.isfinite()
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
-        run.scaler.step(optimizer)
+        if is_valid:
+            run.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     run.scaler.update()
     run.step, run.loss_steps = run.step + 1, run.loss_steps + 1
-    run.loss_sum += step_loss
+    run.loss_sum = run.loss_sum + step_loss  # no +=: it may be on the CPU
     return lr, grad_norm
 
 
@@ -557,8 +561,7 @@ def start_run(settings, meta, tokenizer, device, dtype):
            f"{str(dtype).removeprefix('torch.')}, {run.micro_batch} rows at a time"
            + (f"; continuing at step {run.step:,}" if run.step else ""))
     if epochs > 20:
-        print0("The model will read this text many times and may memorize it: watch the "
-               "validation loss.")
+        print0("It reads this text many times and may memorize it: watch the validation loss.")
     return run
 
 
@@ -574,17 +577,14 @@ def train(settings, watch_signals=list):
     """Train or continue the run in out_dir; stop if the list from watch_signals() has an entry."""
     device, dtype, autocast = setup_device(settings)
     folder, T = Path(settings.out_dir), settings.block_size
-    if settings.total_batch_size % (T * WORLD_SIZE):
-        raise SystemExit(f"total_batch_size={settings.total_batch_size} must be a multiple of "
-                         f"block_size * processes = {T * WORLD_SIZE}")
-    if RANK == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        if device.type != "cuda" and not (folder / "ckpt.pt").exists():
-            announce_duration(settings, device, autocast)
-        load_dataset(settings.dataset)  # prepare it once; the other processes wait
-    if WORLD_SIZE > 1:
+    folder.mkdir(parents=True, exist_ok=True)
+    if RANK > 0:  # wait until the first process has prepared the data
         dist.barrier()
+    elif device.type == "cpu" and not (folder / "ckpt.pt").exists():
+        announce_duration(settings, device, autocast)
     data, meta = load_dataset(settings.dataset)
+    if RANK == 0 and WORLD_SIZE > 1:
+        dist.barrier()
     tokenizer = prepare.load_tokenizer(data)
     if meta["train"]["tokens"] < 2 * T:
         raise SystemExit(f"{data} has {meta['train']['tokens']} training tokens; block_size={T} "
@@ -615,7 +615,7 @@ def train(settings, watch_signals=list):
             settings.log_interval, settings.eval_interval, settings.save_interval))
         print_due = log_due or time.time() - printed > 10  # the first step prints at once
         sample_due = last or run.step in SAMPLE_STEPS
-        if WORLD_SIZE > 1 and (log_due or device.type == "cpu"):
+        if WORLD_SIZE > 1 and (log_due or save_due or device.type == "cpu"):
             stop_votes = torch.tensor(len(signals), device=device)
             dist.all_reduce(stop_votes)  # all processes stop after the same step
             stop = stop_votes.item() > 0
@@ -626,7 +626,6 @@ def train(settings, watch_signals=list):
             dist.all_reduce(run.loss_sum)
             run.loss_sum /= WORLD_SIZE
         loss, grad_norm = float(run.loss_sum) / run.loss_steps, float(grad_norm)  # GPU syncs
-        # In float16, steps with infinite gradients are only skipped.
         if not math.isfinite(loss if run.scaler.is_enabled() else loss + grad_norm):
             advice = "Try a smaller --learning_rate." if run.step > 1 else "Check model.py."
             raise SystemExit(f"The loss is {loss:.4g} and the gradient norm {grad_norm:.4g} after "
@@ -667,7 +666,8 @@ def train(settings, watch_signals=list):
         run.seconds += time.time() - clock
         saved = save_checkpoint(settings, run, meta)
     if stop:
-        print0(f"Stopped after step {run.step:,}. Run the same command to continue.")
+        print0(f"Stopped after step {run.step:,}. Run the same command to continue."
+               + " Omit --overwrite." * settings.overwrite)
     elif run.step == first_step:
         print0("This run is finished. Raise --max_steps to train longer.")
     else:

@@ -33,15 +33,20 @@ def append_line(path, record):
         os.fsync(file.fileno())
 
 
-def read_lines(path):
-    """The objects in a .jsonl file, without damaged lines; [] if there is no file."""
+def read_lines(path, strict=False):
+    """The objects in a .jsonl file; [] if there is no file. Damaged lines are left out, because a
+    crash may have cut them; with strict, they are an error."""
     records = []
-    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except (ValueError, RecursionError):
-            pass
-    return [record for record in records if isinstance(record, dict)]
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        elif strict and line.strip():
+            raise SystemExit(f"{path}: not a JSON object: {line[:80]}")
+    return records
 
 
 def read_reply(body):
@@ -67,7 +72,7 @@ def read_reply(body):
 class Client:
     """A model on a server. ask() may run in many threads. parameters: for each turn, the sets to
     try; after a reply, only one. works: whether there was a reply. failures: questions without a
-    reply since then. spent: dollars, at most. stop: why nothing more is sent, or ""."""
+    reply since the last one. spent: dollars, at most. stop: why nothing more is sent, or ""."""
 
     def __init__(self, args, model, schema=None, temperature=0, max_tokens=1000):
         self.args, self.name, self.url = args, model, args.base_url.rstrip("/")
@@ -83,7 +88,8 @@ class Client:
         is_openai = re.search("openai|azure", self.url)         # others know the older name
         limit = {"max_completion_tokens" if is_openai else "max_tokens": self.max_tokens}
         usual = {"temperature": temperature, **limit}           # some servers refuse some of it
-        sets = [{"reasoning_effort": "none", **usual}, usual, limit, {}, {"stream": True}]
+        as_stream = {"extra_body": {"stream": True}}            # openai reads it as a whole
+        sets = [{"reasoning_effort": "none", **usual}, usual, limit, {}, as_stream]
         self.parameters = [sets, [{**each, "response_format": schema} for each in sets] + sets]
         self.price = np.array(PRICES.get(model, (np.nan, np.nan))) / 1e6
         self.works, self.failures, self.spent, self.stop = False, 0, 0.0, ""
@@ -105,7 +111,6 @@ class Client:
         try:
             response = self.api.chat.completions.with_raw_response.create(
                 model=self.name, messages=messages, **parameters).http_response
-            response.read()
         except openai.APITimeoutError:
             return 504, f"no reply within {self.timeout:g} s (--timeout)", ""
         except openai.APIConnectionError as error:
@@ -117,7 +122,7 @@ class Client:
 
     def post(self, messages, parameters):
         """send() within the limits -> status, reply (dict) or error (str), seconds to wait."""
-        # An upper estimate: 3 characters per token. confirm_cost expects 4.
+        # A cautious estimate: 3 characters per token. confirm_cost expects 4.
         highest_cost = self.price @ (len(str(messages)) / 3, self.max_tokens)
         with self.slots:
             if self.spent + self.workers * highest_cost > self.args.max_cost:
@@ -162,8 +167,9 @@ class Client:
             step = self.next_step(status, reply, wait, tries)
             if step == "stop":
                 self.stop = self.stop or (
-                    f"{self.url} fails or refuses all requests. Check OPENAI_API_KEY, --judge and "
-                    f"--base-url (most servers need .../v1). Or there is no quota left. {error}")
+                    f"{self.url} fails or refuses all requests. Check OPENAI_API_KEY, the name of "
+                    f"the model and --base-url (most servers need .../v1). Or there is no quota "
+                    f"left. {error}")
             elif step == "fewer parameters":
                 sets, tries = sets[1:], 0
             elif step == "give up":

@@ -106,7 +106,8 @@ def download(url, path):
         sha256 = sha256 or (named and named[0])
         if not sha256:
             part.unlink(missing_ok=True)                # it may be of another version
-        if shutil.disk_usage(part.parent).free < 1.6 * (size or 0):     # text and tokens
+        have = part.stat().st_size if part.exists() else 0
+        if have + shutil.disk_usage(part.parent).free < 1.6 * (size or 0):      # text and tokens
             raise SystemExit(f"{part.parent} needs {1.6 * size / 1e9:.1f} GB of free space.")
         etag = None if sha256 else head.headers.get("ETag")
         with progress(path.name, size) as bar:

@@ -83,6 +83,8 @@ def decided_words(story, ending):
     for name in known:
         kind = kind_of(name, story.bindings[name])
         entries = list_entries(rules, name)
+        if entries <= fixed:                        # all are words of the plot
+            continue
         places = sum(bool(entries & list_entries(rules, other)) for other in variables)
         seen = {bound[other] for other in known} & entries
         for match in re.finditer(rf"\b({'|'.join(sorted(entries - fixed))})(?:s|es)?\b", ending):

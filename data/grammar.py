@@ -22,7 +22,7 @@ def read_grammar(path=GRAMMAR):
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise SystemExit(f"Cannot read {path} as UTF-8 text: {error}")
-    text = re.sub(r"(?m)^#.*\n", "", text)
+    text = re.sub(r"(?m)^#.*\n?", "", text)
     text = re.sub(r"\n[ \t]+(?=\S)", " ", text)  # an indented line continues the one before
     rule, header = r"(?m)^(\w+)(?: \((.*?)\))? ([=:]) (.*)", r"(?m)^(words|summary) (.*)"
     rules, plots = {}, []

@@ -18,7 +18,9 @@ import pytest
 import regex
 
 import prepare
+from data import common, facts
 from data.bpe import BPE_PATTERN, merge, prune_bpe, train_bpe
+from data.client import read_lines
 from data.common import download
 from data.grammar import Story, read_grammar, split_sentences
 
@@ -68,6 +70,21 @@ def test_nats_are_the_log_of_the_number_of_options(tmp_path):
         assert len(set(re.findall("Ann|Bob|Cy", story.text))) == 1      # a variable does not change
 
 
+def test_nats_are_revealed_where_the_options_differ(tmp_path):
+    rules = "girl (boy=girl) = Ann | Zoe\nboy (boy=boy) = Al | Bo\nhero = {girl} | {boy}"
+    grammar = small_grammar(tmp_path / "g.txt", rules, "A {hero.boy} named {hero}. The {end|tip}.")
+    story = Story(*grammar, random.Random(0))
+    name, end = story.text.index(story.bindings["hero"][""]), story.text.index("The") + 4
+    assert [(where, round(math.exp(nats))) for where, nats in facts.revealed_nats(story)] == [
+        (2, 2), (name, 2), (end, 2)]
+
+
+def test_words_of_the_plot_itself_decide_nothing(tmp_path):
+    grammar = small_grammar(tmp_path / "g.txt", "who (he=he) = mom | dad",
+                            "The {who} sat.\n\nThe {who} ran to mom and dad.")
+    assert facts.decided_words(Story(*grammar, random.Random(0)), "The mom ran.") == []
+
+
 def test_the_most_specific_form_is_used(tmp_path):
     rules = ("a (s=own) : {c}\nb (he=she, s=shared) : {c} | {d} (s=last)\nc : x (he=he)\n"
              "d : y (s=yy)")
@@ -88,6 +105,12 @@ def test_the_most_specific_form_is_used(tmp_path):
 def test_a_wrong_grammar_gets_one_sentence(tmp_path, rules, scene, message):
     with pytest.raises(SystemExit, match=message):
         Story(*small_grammar(tmp_path / "g.txt", rules, scene), random.Random(0))
+
+
+def test_a_comment_may_be_the_last_line(tmp_path):
+    grammar = small_grammar(tmp_path / "g.txt", "a : b", "One.")
+    common.write_text(tmp_path / "g.txt", (tmp_path / "g.txt").read_text() + "# the end")
+    assert read_grammar(tmp_path / "g.txt") == grammar
 
 
 def test_a_grammar_is_utf_8_with_or_without_a_byte_order_mark(tmp_path):
@@ -163,7 +186,8 @@ def run(folder, text, *options, name="set", suffix=".txt"):
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     prepare.main([str(folder / name), "--input", str(path), "--tokenizer", "bpe", "--vocab_size",
                   "300", *map(str, options)])
-    meta, encoding = prepare.verify_dataset(folder / name), prepare.load_tokenizer(folder / name)
+    meta = prepare.read_meta(folder / name, *prepare.FILES)
+    encoding = prepare.load_tokenizer(folder / name)
     ids = [np.fromfile(folder / name / f"{split}.bin", np.uint16) for split in ("train", "val")]
     assert all(row.max() < meta["vocab_size"] and row[-1] == meta["eot"] for row in ids)
     return meta, *(encoding.decode(row.tolist()).split(prepare.EOT)[:-1] for row in ids)
@@ -225,7 +249,7 @@ def test_an_unusable_text_is_refused_and_replaces_nothing(tmp_path, text, messag
     before = run(tmp_path, many(20))[0]
     with pytest.raises(SystemExit, match=message):
         run(tmp_path, text, "--force")
-    assert prepare.verify_dataset(tmp_path / "set") == before
+    assert prepare.read_meta(tmp_path / "set", *prepare.FILES) == before
 
 
 def test_long_white_space_and_long_words_are_harmless(tmp_path):
@@ -251,7 +275,7 @@ def test_several_files_and_the_tokenizer_of_a_run(tmp_path):
     (tmp_path / "more.txt").write_text(many(20, story="More {}."))
     prepare.main([str(tmp_path / "both"), "--input", str(tmp_path / "text.txt"),
                   str(tmp_path / "more.txt"), "--tokenizer", str(tmp_path / "set")])
-    both, name = prepare.verify_dataset(tmp_path / "both"), "tokenizer.tiktoken"
+    both, name = prepare.read_meta(tmp_path / "both", *prepare.FILES), "tokenizer.tiktoken"
     assert both["train"]["stories"] + both["val"]["stories"] == 50
     assert both["crc32"][name] == meta["crc32"][name] and both["pattern"] == meta["pattern"]
     with pytest.raises(SystemExit, match="2"):      # run() also gives --vocab_size
@@ -264,7 +288,7 @@ def test_a_grammar_becomes_a_data_set_with_its_entropy(tmp_path, monkeypatch):
     grammar = f"a : {words}\nplot one\nwords a\nsummary s\n\n{{a}} {{a}} {{a}}.\n"
     (tmp_path / "g.txt").write_text(grammar)
     prepare.main([str(tmp_path / "set"), "--grammar", str(tmp_path / "g.txt")])
-    meta = prepare.verify_dataset(tmp_path / "set")
+    meta = prepare.read_meta(tmp_path / "set", *prepare.FILES)
     nats = meta["entropy_floor"] * meta["val"]["tokens"]
     assert nats == pytest.approx(50 * 3 * math.log(40)) and not prepare.grammar_changed(meta)
 
@@ -280,7 +304,7 @@ def test_every_flipped_bit_is_detected(tmp_path, name):
         path.write_bytes(bad)
         try:
             prepare.load_tokenizer(tmp_path / "set")
-            assert prepare.verify_dataset(tmp_path / "set") == meta     # only white space differs
+            assert prepare.read_meta(tmp_path / "set", *prepare.FILES) == meta     # white space
         except SystemExit as error:
             assert re.search("set again: .* --force", str(error))
 
@@ -320,9 +344,9 @@ def test_preparing_may_be_killed_at_any_moment(tmp_path):
         with contextlib.suppress(subprocess.TimeoutExpired):
             subprocess.run([sys.executable, *command], stderr=subprocess.DEVNULL, timeout=seconds)
         if (tmp_path / "set" / "meta.json").exists():
-            prepare.verify_dataset(tmp_path / "set")
+            prepare.read_meta(tmp_path / "set", *prepare.FILES)
     prepare.main(command[1:])
-    assert prepare.verify_dataset(tmp_path / "set")["val"]["stories"] == 50
+    assert prepare.read_meta(tmp_path / "set", *prepare.FILES)["val"]["stories"] == 50
 
 
 # ---------------------------------------------------------- downloads
@@ -424,6 +448,13 @@ def test_the_token_is_sent_to_the_hub_only_and_never_printed(fetch, monkeypatch)
 def test_without_a_network_the_hint_comes_first(tmp_path):
     with pytest.raises(SystemExit, match="^Without a network: python train.py.*refused"):
         download("http://127.0.0.1:9/f", tmp_path / "f")
+
+
+def test_a_damaged_line_is_left_out_of_a_log_but_is_an_error_in_stories(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n[]\n\n{"a": 2}\n{"a')
+    assert read_lines(tmp_path / "a.jsonl") == [{"a": 1}, {"a": 2}]
+    with pytest.raises(SystemExit, match=r"not a JSON object: b'\[\]'"):
+        read_lines(tmp_path / "a.jsonl", strict=True)
 
 
 def test_a_tokenizer_is_checked_even_if_its_checksum_fits(tmp_path):

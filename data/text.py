@@ -44,7 +44,7 @@ def json_story(line, path):
         return row.get("text", row.get("story")).encode("utf-8", "surrogatepass")
     except (ValueError, AttributeError, RecursionError):
         raise SystemExit(f"{path} looks like JSON. Write one object per line, with the story in "
-                         'the field "text" or "story".')
+                         f'the field "text" or "story"; not {line[:60]}')
 
 
 def read_stories(path, counts, separator=EOT):

@@ -96,14 +96,14 @@ def their_model(kind, T, device):
     if kind == "GPT-2":
         config = transformers.GPT2Config(
             vocab_size=SHAPE.vocab_size, n_positions=T, n_embd=SHAPE.n_embd, n_layer=SHAPE.n_layer,
-            n_head=SHAPE.n_head, eos_token_id=0)
+            n_head=SHAPE.n_head, eos_token_id=0, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
         return transformers.GPT2LMHeadModel(config).to(device)
     config = neo_config(replace(SHAPE, block_size=T, window=256))
     config = transformers.GPTNeoConfig(**config, eos_token_id=0)
     return transformers.GPTNeoForCausalLM(config).to(device)
 
 
-def their_step(kind, device, T, tokens):        # in the default precision of transformers
+def their_step(kind, device, T, tokens):        # float32 weights; on a GPU, TF32 products
     model = their_model(kind, T, device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=device == "cuda")
     batch = torch.randint(SHAPE.vocab_size, (tokens // T, T), device=device)

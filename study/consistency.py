@@ -25,7 +25,7 @@ from data import common
 from data.facts import decided_words, held_out_stories, required_texts, split_story
 from model import NonFiniteLogits
 
-MAX_ENDING = 200        # tokens; the true endings have at most 170
+LIMIT = 1.2             # of sampled texts, times the tokens of the longest true one
 CHECKS = {
     "grammar": 'a or an, no word twice in a row, capitals, full stops, quotes',
     "pronoun": "he, she, him, her ... while all people are of one gender",
@@ -64,34 +64,47 @@ def option_pattern(option):
 
 def check_endings(stories, endings):
     """{check: (% of the endings that pass it, standard error)}, without those where there is
-    nothing to check."""
-    results, shares = list(map(check_ending, stories, endings)), {}
+    nothing to check; nan if that is all of them."""
+    results, rates = list(map(check_ending, stories, endings)), {}
     for check in CHECKS:
-        right = [result[check] for result in results if result[check] is not None] or [False]
-        share = sum(right) / len(right)
-        shares[check] = 100 * share, 100 * math.sqrt(share * (1 - share) / len(right))
-    return shares
+        right = [result[check] for result in results if result[check] is not None]
+        rate = sum(right) / len(right) if right else math.nan
+        rates[check] = 100 * rate, 100 * math.sqrt(rate * (1 - rate) / max(1, len(right)))
+    return rates
 
 
 def generate_endings(model, tokenizer, stories, seed=0, temperature=1.0):
     """Let a model continue stories after their first scenes, all at once -> list of str."""
-    prompts = [split_story(story)[0] for story in stories]
-    endings = sample.generate_texts(model, tokenizer, prompts, MAX_ENDING, temperature, seed=seed)
+    prompts, true_endings = zip(*map(split_story, stories))
+    endings = sample.generate_texts(model, tokenizer, prompts, limit(tokenizer, true_endings),
+                                    temperature, seed=seed)
     return [ending.strip() for ending in endings]
 
 
-def check_model(model, tokenizer, n):
+def limit(tokenizer, true_texts):
+    return int(LIMIT * max(len(tokenizer.encode_ordinary(text)) for text in true_texts))
+
+
+def held_out(meta, n):
+    """n stories of the grammar that the training stories of a run came from."""
+    if prepare.grammar_changed(meta):
+        print("data/grammar.txt has changed since this model was trained: it never saw such "
+              "stories.", file=sys.stderr)
+    return held_out_stories(n)
+
+
+def check_model(model, tokenizer, meta, n):
     """Let a model end n held-out stories -> {check: % of its endings that pass it}."""
-    stories = held_out_stories(n)
-    shares = check_endings(stories, generate_endings(model, tokenizer, stories))
-    return {check: share for check, (share, _) in shares.items()}
+    stories = held_out(meta, n)
+    rates = check_endings(stories, generate_endings(model, tokenizer, stories))
+    return {check: rate for check, (rate, _) in rates.items()}
 
 
 def required_words(model, tokenizer, stories, seed, temperature):
     """For a model of instructions -> for each story, which required words it contains."""
     requests = [story.record().partition(" \n\n")[0] for story in stories]
-    texts = sample.generate_texts(model, tokenizer, requests, 2 * MAX_ENDING, temperature,
-                                  seed=seed)
+    longest = limit(tokenizer, [story.text for story in stories])
+    texts = sample.generate_texts(model, tokenizer, requests, longest, temperature, seed=seed)
     words = [re.findall(r"\w+", " ".join(re.findall("Words: (.*)", text))) for text in requests]
     return [[bool(re.search(rf"\b{word}", text, re.I)) for word in row]
             for row, text in zip(words, texts) if row]
@@ -109,10 +122,10 @@ def minimal_pairs(story, tokenizer):
         words = [match[0], *sorted(others)]
         if match[0][0].isupper():
             words = [word.capitalize() for word in words]
-        right, *others = [tokenizer.encode_ordinary(space + word)[0] for word in words]
+        right_id, *other_ids = [tokenizer.encode_ordinary(space + word)[0] for word in words]
         plural = match.lastindex and match[0] != match[1]
-        if start - len(space) in starts and others and right not in others and not plural:
-            pairs.append((1 + starts.index(start - len(space)), kind, right, others))
+        if start - len(space) in starts and others and right_id not in other_ids and not plural:
+            pairs.append((1 + starts.index(start - len(space)), kind, right_id, [*{*other_ids}]))
     return pairs
 
 
@@ -163,6 +176,8 @@ def first_wrong_word(story, ending):
     """-> (its position in the ending, the word, the words that were right there), or None."""
     for match, _, is_right, right_words in decided_words(story, ending):
         if not is_right:
+            if match[0][0].isupper():
+                right_words = {word[0].upper() + word[1:] for word in right_words}
             return match.start(), match[0], right_words
 
 
@@ -172,6 +187,7 @@ def autopsy(model, tokenizer, story, ending):
     position, wrong, right = first_wrong_word(story, ending)
     before = f"{split_story(story)[0]}\n\n{ending[:position]}"
     ids = sample.encode_prompt(tokenizer, before, model.config.block_size)
+    ids = ids[-model.config.block_size:]
     idx = torch.tensor([ids], device=model.token_embedding.weight.device)       # (1, T)
     p = model(idx)[0][0, -1].float().softmax(0)                                 # (V,)
     text = textwrap.fill(f"{before}[{wrong}]", 96) + "\n"
@@ -200,9 +216,9 @@ def main(argv=None):
         parser.error("-n must be at least 1")
     model, tokenizer, meta = sample.load_run(args.run, args.device, without=args.without)
     if meta.get("dataset") not in prepare.SAMPLES:
-        raise SystemExit(f"{args.run} was not trained on our own grammar. "
+        raise SystemExit(f"{args.run} was not trained on {' or '.join(prepare.SAMPLES)}. "
                          "Train such a model: python train.py config/demo.py")
-    stories = held_out_stories(args.n)
+    stories = held_out(meta, args.n)
     if meta.get("instruct"):
         used = required_words(model, tokenizer, stories, args.seed, args.temperature)
         print(f"{np.mean(sum(used, [])):.0%} of the required words are in their stories; "
@@ -216,8 +232,8 @@ def main(argv=None):
             print(autopsy(model, tokenizer, story, ending))
         return
     rows = {}
-    for check, (share, error) in check_endings(stories, endings).items():
-        rows[check] = {"right, %": f"{share:.1f}", "standard error": f"{error:.1f}",
+    for check, (rate, error) in check_endings(stories, endings).items():
+        rows[check] = {"right, %": f"{rate:.1f}", "standard error": f"{error:.1f}",
                        "right means": CHECKS[check]}
     print(f"{args.n} sampled endings\n\n{common.format_table(rows)}")
     rows = {}

@@ -72,7 +72,7 @@ def plot_curves(path, losses, checks, entropy):
     finish_loss_plot(axes[0], "The loss falls fast, then slowly", entropy)
     figure.supxlabel("training step")
     if checks:
-        first, *_, last = sorted(checks, key=lambda name: -np.sum(checks[name], axis=0)[1])
+        first, *_, last = sorted(checks, key=lambda name: -np.nanmean(checks[name], axis=0)[1])
         axes[1].set(title=f"Of the five checks, {first} is learned first, {last} last",
                     ylabel="% of endings that are right", ylim=(0, 103))
         axes[1].grid(alpha=0.3)
@@ -101,17 +101,19 @@ def main(argv=None):
         for name, points in losses.items():
             row[name] = f"{dict(points)[step]:.3f}" if step in dict(points) else "-"
         if meta.get("dataset") == "sample":
-            for name, share in consistency.check_model(model, tokenizer, N_STORIES).items():
-                checks.setdefault(name, []).append((step, share))
-                row[f"{name}, % right"] = f"{share:.0f}"
-    parts = [f"# What {folder.resolve().name} learned when", common.format_table(cells),
-             "Losses in nats per token; % of endings that pass each check of study/consistency.py.",
+            for name, rate in consistency.check_model(model, tokenizer, meta, N_STORIES).items():
+                checks.setdefault(name, []).append((step, rate))
+                row[f"{name}, % right"] = f"{rate:.0f}"
+    table = common.format_table(cells)
+    parts = [f"# What {folder.resolve().name} learned when", table,
+             f"Losses in nats per token (after the last step, often of more validation text); % of "
+             f"{N_STORIES} endings that pass each check of study/consistency.py.",
              "![curves](dynamics.png)"]
     parts += [f"{prompt} ...\n\n{lines}" for prompt, lines in continuations.items()]
     common.write_text(folder / "dynamics.md", "\n\n".join(parts) + "\n")
     entropy = meta.get("entropy_floor")
     plot_curves(folder / "dynamics.png", losses, checks, entropy)
-    print(f"\n{parts[1]}\n\nThe report: {folder / 'dynamics.md'}")
+    print(f"\n{table}\n\nThe report: {folder / 'dynamics.md'}")
 
 
 if __name__ == "__main__":

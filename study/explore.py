@@ -22,7 +22,7 @@ import prepare
 import sample
 from data import common
 from data.facts import held_out_stories, revealed_nats, split_story
-from study.consistency import first_wrong_word, generate_endings
+from study.consistency import first_wrong_word, generate_endings, held_out
 
 MAX_MB = 60
 STORIES = 8                 # held-out stories of the grammar in the page
@@ -96,7 +96,7 @@ def describe_autopsy(story, ending, tokenizer):
 
 
 def build_page(model, tokenizer, meta, name):
-    """Everything that the page shows -> a dict for JSON."""
+    """Everything that the page shows -> a dict for JSON. Rounds the model's weights to float16."""
     config, eot, dataset = model.config, tokenizer.eot_token, meta.get("dataset", "")
     for parameter in model.parameters():
         parameter.data = parameter.data.half().float()              # what the page holds
@@ -107,7 +107,7 @@ def build_page(model, tokenizer, meta, name):
     texts = [[eot, *tokenizer.encode_ordinary(text)][:config.block_size] for text in texts]
     ids, (values, places) = sum(texts, []), top_tokens(model, texts)
     largest = values[:, 0].topk(min(12, len(values))).indices.tolist()
-    stories = held_out_stories(100) if dataset == "sample" else []  # of our own grammar
+    stories = held_out(meta, 100) if dataset == "sample" else []    # of our own grammar
     endings = generate_endings(model, tokenizer, stories) if stories else []
     wrong = [pair for pair in zip(stories, endings) if first_wrong_word(*pair)]
     return {
@@ -118,7 +118,7 @@ def build_page(model, tokenizer, meta, name):
         "tokens": [base64.b64encode(tokenizer.decode_single_token_bytes(i)).decode()
                    for i in range(config.vocab_size)],
         "pattern": tokenizer._pat_str,
-        "tensors": [[name, weight.numel()] for name, weight in weights.items()],
+        "tensors": [[key, weight.numel()] for key, weight in weights.items()],
         "weights": encode_array(torch.cat([w.flatten() for w in weights.values()]), np.float16),
         "reference": reference_logits(model, ids),
         "neurons": {"n_top": values.size(1), "ids": ids, "places": encode_array(places, np.uint16),

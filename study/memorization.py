@@ -5,8 +5,8 @@
 
 The model continues 100 training stories after two fifths of their length. We search its completions
 and, for comparison, the true endings (cut to the same length) in all other training stories, as in
-section 4.4 of arXiv 2305.07759, but with tokens for words. TinyStories: 10 minutes. Writes
-memorization.md and memorization.png.
+section 4.4 of arXiv 2305.07759, but with tokens for words. Copies of the story itself only show in
+(a), its true ending. TinyStories: 10 minutes. Writes memorization.md and memorization.png.
 """
 
 import sys
@@ -116,7 +116,7 @@ def plot(path, shares, novel, title):
         ax.hist(list(groups), np.linspace(0, 1, 21))
         ax.set(title=name, xlabel="share of the text's k-grams", ylabel="number of texts")
     lines = last.plot(KS, list(novel.values()), "o-")
-    last.set(title="(c) k-grams in no training story", xlabel="k (tokens)", xticks=KS)
+    last.set(title="(c) k-grams in no other story", xlabel="k (tokens)", xticks=KS)
     last.yaxis.set_major_formatter("{x:.1%}")
     empty.axis("off")
     empty.legend(lines, GROUPS, loc="center", fontsize=14)
@@ -158,12 +158,13 @@ def main(argv=None):
         rows.append([name, *cells, PAPER[name]])
     for k in KS:
         cells = [f"{share:.1%}" for share in novel[k]]
-        rows.append([f"(c) {k}-grams in no story", *cells, "most" if k > 3 else "-"])
+        rows.append([f"(c) {k}-grams in no other story", *cells, "most" if k > 3 else "-"])
     table = common.format_table([["", *GROUPS, "the paper"], *sorted(rows)])
     title = (f"{novel[5][0]:.1%} of the 5-grams that {folder.resolve().name} writes occur in no "
-             f"training story (true endings: {novel[5][1]:.1%})")
-    facts = (f"{n} completions at temperature {args.temperature:g}, {len(ends):,} training "
-             "stories. Medians and maxima; (a) of a true ending: with that of another story.")
+             f"other training story (true endings: {novel[5][1]:.1%})")
+    facts = (f"{n} completions at temperature {args.temperature:g}, {len(ends) - len(chosen):,} "
+             "other training stories. Medians and maxima; (a) of a true ending: with that of "
+             "another story.")
     i = int(found[3][1][:n].argmax())
     parts = [f"# {title}", facts, table, "![histograms](memorization.png)",
              f"The completion with the nearest story ({found[3][1][i]:.0%}), and that story:"]

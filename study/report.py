@@ -167,7 +167,7 @@ def judge_rows(items):
             f"{item['seed']}" for item in items if "seed" in item}
     rows = {
         "judge asked for": describe_judge(*(items[0][x] for x in ("judge", "url", "repeat"))),
-        "judge returned": ", ".join({str(reply["model"]) for reply in replies}),
+        "judge returned": ", ".join(sorted({str(reply["model"]) for reply in replies})),
         "dates": f"{dates[0]} to {dates[-1]}", "prompt version": items[0]["version"],
         "replies": "; ".join(f"{n} with {names}" for names, n in sent.items()),
         "unscored": "; ".join(f"{n} x {why}" for why, n in reasons.most_common()) or "none",
@@ -226,8 +226,9 @@ def main(argv=None):
     parser.description = __doc__
     parser.set_defaults(judge="")
     args = grade.parse_args(parser, argv)
-    log = Path(args.runs[0])
-    items = logged_stories(log, args.task) if log.name == grade.LOG else grade.gather(args)
+    logs = [Path(run) for run in args.runs if Path(run).name == grade.LOG]
+    items = [story for log in logs for story in logged_stories(log, args.task)]
+    items = items or grade.gather(args)
     judges = [x for x in judges_in(items) if args.judge in ("", x[0]) and args.repeat == x[2]]
     if judges:
         grade.attach_replies(items, *judges[0])
@@ -253,7 +254,9 @@ def main(argv=None):
             f"judge, the anchors are {order[grade.anchors_in_order(by)]}.</p>",
             plot_grades(by, f"graded by {judge}, n = {len(by_prompt(items, *METRICS))} prompts"),
             "<h2>All pairs of models</h2>", html_table(difference_rows(by, models)),
-            "<h2>Agreement of judges</h2>", html_table(agreement_rows(items))]
+            "<p>If nothing differs, one in twenty of these intervals excludes 0 by chance.</p>",
+            "<h2>Agreement of judges</h2>", html_table(agreement_rows(items)),
+            "<p>With the anchors. They differ more than models: this raises correlations.</p>"]
     words = "_".join(["report", *(Path(run).stem for run in args.runs), judge, args.task])
     path = items[0]["folder"] / (re.sub(r"[^\w.-]", "-", words)[:200] + ".html")
     if path.exists() and not path.read_bytes().startswith(HEAD[:30].encode()):

@@ -10,6 +10,7 @@ stories of our own grammar, the true limit E of the loss is known: the grammar's
 """
 
 import itertools
+import signal
 import sys
 from pathlib import Path
 
@@ -56,12 +57,13 @@ def flops_per_token(model):
 def measure_run(settings, n):
     """Train one run, or continue it, and measure it -> dict."""
     train.train(settings, train.catch_signals)
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # Ctrl-C: as before the training
     torch.compiler.reset()              # it stops compiling after eight shapes
     model, tokenizer, meta = sample.load_run(settings.out_dir, settings.device)
     losses = read_log(settings.out_dir, "val_loss")
     scores = {"loss": losses[-1][1]}
     if meta["dataset"] == "sample":
-        scores |= consistency.check_model(model, tokenizer, n)
+        scores |= consistency.check_model(model, tokenizer, meta, n)
     flops = flops_per_token(model) * settings.total_batch_size              # per step
     return {"shape": (settings.n_embd, settings.n_layer), "params": model.num_params(False),
             "tokens": settings.max_steps * settings.total_batch_size, "scores": scores,
@@ -120,9 +122,9 @@ def write_report(folder, rows, n):
         same_shape = [other for other in rows if other["shape"] == row["shape"]]
         for other in same_shape:
             cell[f"stories, {other['tokens'] / 1e6:.3g} M"] = f"{other['story_loss']:.3f}"
-        if entropy:
-            gaps = [other["story_loss"] - entropy for other in same_shape]
-            cell["undertraining"] = f"{1 - min(gaps) / max(gaps):.0%}"
+        if entropy and len(same_shape) > 1:             # in the order of their budgets
+            first, *_, last = [other["story_loss"] - entropy for other in same_shape]
+            cell["undertraining"] = f"{1 - last / first:.0%}"
         for name, value in row["scores"].items():
             cell[name] = f"{value:.3g}"
     (laws, fits), table = fit_budgets(rows), common.format_table(cells)
@@ -134,8 +136,8 @@ def write_report(folder, rows, n):
 {table}
 
 Width x layers; parameters without embeddings. Nats per token of whole stories after so many tokens,
-and of windows (loss). Undertraining: the part of the distance to the true limit that the largest
-number of tokens removed. Checks: % of {n} endings that pass (study/consistency.py).
+and of windows (loss). Undertraining: how much of the distance to the true limit after the fewest
+tokens has gone after the most. Checks: % of {n} endings that pass (study/consistency.py).
 
 ## The scaling law L(N) = E + A / N^a, with N in 100,000 parameters
 
@@ -177,11 +179,14 @@ def plot_frontiers(path, rows):
         label = f"layers: {depth}" if width == rows[0]["shape"][0] else None
         ax.plot(*zip(*row["curve"]), ".-", color=f"C{layers.index(depth)}", label=label)
         ax.annotate(width, row["curve"][-1], (3, 4), fontsize=8, textcoords="offset points")
-    flops, losses = zip(*sorted(point for row in rows for point in row["curve"]))
+    points = sorted((*point, row["shape"]) for row in rows for point in row["curve"])
+    flops, losses, shapes = zip(*points)
     lowest = np.minimum.accumulate(losses)
+    best = {shape for shape, loss, low in zip(shapes, losses, lowest) if loss == low}
     ax.step(flops, lowest, "k-", where="post", alpha=0.3, lw=4, label="lowest so far")
     ax.set(xlabel="compute of training (FLOPs)", xscale="log")
-    finish_loss_plot(ax, "The best shape depends on the compute (numbers: widths)")
+    finish_loss_plot(ax, f"Of {len(rows)} shapes, {len(best)} are best at some compute (numbers: "
+                     "widths)")
     common.save_figure(path, figure)
 
 
@@ -195,7 +200,7 @@ def plot_fit(path, fits, entropy):
         ax.plot(1e5 * N, L, f"C{i}o", label=f"models, {tokens / 1e6:.3g} M tokens")
         ax.plot(1e5 * x, E + A / x ** a, f"C{i}-", label=f"law: E = {limit}")
     ax.set(xlabel="parameters without embeddings", xscale="log")
-    truth = f", the true limit: {entropy:.2f}" if entropy else ""
+    truth = f", the true limit: {entropy:.2f}" if entropy else ""       # limit: of the last fit
     finish_loss_plot(ax, f"The fitted limit of the loss: {limit}{truth}", entropy)
     common.save_figure(path, figure)
 

@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import types
-from dataclasses import asdict
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -83,30 +82,20 @@ def model(tokenizer):
 
 # -------------------------------------------------- checks of endings
 
-def test_nats_are_revealed_where_the_options_differ(stories, tokenizer, tmp_path):
-    rules = "girl (boy=girl) = Ann | Zoe\nboy (boy=boy) = Al | Bo\nhero = {girl} | {boy}"
-    scene = "A {hero.boy} named {hero}. The {end|tip}."
-    common.write_text(tmp_path / "g.txt", f"{rules}\nplot one\nwords a\nsummary s\n\n{scene}\n")
-    story = Story(*read_grammar(tmp_path / "g.txt"), random.Random(0))
-    name, end = story.text.index(story.bindings["hero"][""]), story.text.index("The") + 4
-    assert [(where, round(math.exp(nats))) for where, nats in facts.revealed_nats(story)] == [
-        (2, 2), (name, 2), (end, 2)]
+def test_each_token_has_the_nats_that_it_reveals(stories, tokenizer):
     for story in stories[:5]:
         nats = explore.describe_story(story, tokenizer)["nats"]
         assert sum(nats) == pytest.approx(story.nats) and min(nats) >= 0
 
 
-def test_true_endings_pass_all_checks(stories):
+def test_true_endings_pass_all_checks_and_others_fail(stories):
     endings = [facts.split_story(story)[1] for story in stories]
     assert consistency.check_endings(stories, endings) == dict.fromkeys(
         consistency.CHECKS, (100.0, 0.0))
-
-
-def test_endings_of_other_stories_fail(stories):
-    endings = [facts.split_story(story)[1] for story in stories]
-    shares = consistency.check_endings(stories[:99], endings[1:100])
-    assert max(shares[check][0] for check in ("name", "thing", "plot")) < 15
-    assert set(consistency.check_endings(stories[:9], [""] * 9).values()) == {(0.0, 0.0)}
+    rates = consistency.check_endings(stories[:99], endings[1:100])
+    assert max(rates[check][0] for check in ("name", "thing", "plot")) < 15
+    rates = consistency.check_endings(stories[:9], [""] * 9)
+    assert math.isnan(rates.pop("pronoun")[0]) and set(rates.values()) == {(0.0, 0.0)}
 
 
 @pytest.mark.parametrize("check, right, wrong", [
@@ -171,6 +160,18 @@ def test_autopsy_names_the_wrong_and_the_right_word(stories, tokenizer, model):
     text = consistency.autopsy(model, tokenizer, story, ending)
     assert "[blue]" in text and text.count("\n    1.1: ") == 1
     assert "wrong: blue, probability" in text and "right: pink, probability" in text
+    found = [consistency.first_wrong_word(story, re.sub(r"\bShe\b", "He", ending, count=1))
+             for story, ending in zip(stories, endings)]
+    assert {frozenset(right) for _, wrong, right in filter(None, found) if wrong == "He"} == {
+        frozenset(["She"])}
+    model.config.block_size = 16                                # the end of a long text
+    assert "right: pink" in consistency.autopsy(model, tokenizer, story, ending)
+
+
+def test_a_grammar_that_has_changed_since_the_training_is_reported(capsys):
+    for text_hash in (prepare.grammar_hash(), "another"):
+        consistency.held_out({"source": "data/grammar.txt", "text_hash": text_hash}, 1)
+        assert ("has changed" in capsys.readouterr().err) == (text_hash == "another")
 
 
 # ----------------------------------------------- scaling and dynamics
@@ -188,7 +189,7 @@ def test_a_grid_is_trained_once_and_reported(grammar_data, tmp_path, monkeypatch
     monkeypatch.setitem(scaling.GRIDS, "demo", dict(
         config=str(prepare.HERE / "config" / "demo.py"), budgets=[1, 2], head_size=16,
         widths=[16, 32], layers=[1]))
-    monkeypatch.setattr(consistency, "MAX_ENDING", 5)
+    monkeypatch.setattr(consistency, "LIMIT", 0.03)
     command = ["--grid", "demo", "-n", "3", f"--dataset={grammar_data}", *TINY]
     scaling.main(command)
     folder = tmp_path / "out" / "scaling" / "demo"
@@ -212,7 +213,7 @@ def kept_run(grammar_data, tmp_path):
 
 
 def test_dynamics_reports_each_checkpoint_of_a_log_with_other_columns(kept_run, monkeypatch):
-    monkeypatch.setattr(consistency, "MAX_ENDING", 5)
+    monkeypatch.setattr(consistency, "LIMIT", 0.03)
     lines = (kept_run / "log.csv").read_text().splitlines()
     lines = [f"mine,{lines[0]}", *(f"a text,{line}" for line in lines[1:])]
     (kept_run / "log.csv").write_text("\n".join(lines))
@@ -303,7 +304,7 @@ def write_run(folder, dataset, **switches):
     model = GPT(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    torch.save({"model": model.state_dict(), "model_config": asdict(config)}, folder / "ckpt.pt")
+    torch.save({"model": model.state_dict(), "model_config": vars(config)}, folder / "ckpt.pt")
     prepare.write_meta(folder, {"dataset": dataset, "vocab_size": len(ranks) + 1,
                                 "eot": len(ranks)})
 
@@ -393,7 +394,6 @@ def data(grammar_data, tmp_path_factory):
 
 
 def write_untrained_run(folder, data, **config):
-    """An untrained run."""
     torch.manual_seed(0)
     meta = prepare.read_meta(data)
     model = GPT(GPTConfig(meta["vocab_size"], 48, 3, 4, 32, **config)).eval()
@@ -634,9 +634,10 @@ def test_unscored_stories_come_first_and_repeated_rows_count_once(server):
     page = report_page(server, stories, "--no-anchors", grades=lambda page: {
         **GRADES, "plot": "1 or 2" if "odd" in page else 1 if "bad" in page else 9})
     assert re.findall(r"<b>(\w*)</b> m", page) == ["unscored", "best", "worst"]
-    report.main(["grades.jsonl"])                       # the stories of a log
-    page = Path("report_grades_kind_story.html").read_text()
-    assert re.findall(r"<b>(\w*)</b> m", page) == ["unscored", "best", "worst"]
+    Path("b").mkdir(), shutil.copy("grades.jsonl", "b")
+    report.main(["grades.jsonl", "b/grades.jsonl"])     # the stories of two logs
+    page = Path("report_grades_grades_kind_story.html").read_text()
+    assert len(re.findall(r"<b>\w*</b> m", page)) == 6
 
 
 def test_all_pairs_of_models_and_judges_are_compared(server):
