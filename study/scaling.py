@@ -6,7 +6,7 @@
 Trains every shape of a grid with train.py in out/scaling/<grid>/, and writes report.md and three
 plots there. Stop it at any time; run the same command to continue. Settings of train.py can be
 added, such as --dataset=excerpt. The report fits the law L(N) = E + A / N^a (arXiv 2203.15556). For
-stories of our own grammar, the true limit E of the loss is known: the grammar's entropy.
+stories of our own grammar, the true limit E of the loss is known (to 0.4 %): the grammar's entropy.
 """
 
 import itertools
