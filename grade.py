@@ -8,7 +8,7 @@
     python grade.py stories.jsonl                 # {"prompt", "completion", "model"} per line
 
 A hosted judge needs OPENAI_API_KEY. Stories and replies are stored in the run's folder: run the
-same command to continue; nothing is paid twice. Exit code 3: stopped, or over 5 % ungraded.
+same command to continue; nothing is paid twice. Exit code 3: stopped or over 5 % ungraded.
 See arXiv 2305.07759.
 """
 
@@ -429,8 +429,8 @@ def main(argv=None):
         print(f"unscored: {n} x {reason}", file=sys.stderr)
     print(f"Stories and replies: python -m study.report {shlex.join(argv or sys.argv[1:])}")
     if client.stop or unscored.total() > 0.05 * len(items):
-        reason = client.stop or "Many are unscored"
-        print(f"{reason}. Run it again to continue, or with --repeat 1.", file=sys.stderr)
+        reason = client.stop or "Many are unscored (see --repeat)"
+        print(f"{reason}. Run it again to continue.", file=sys.stderr)
         return 3
     return 0
 

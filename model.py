@@ -226,7 +226,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             loss = loss - (logp.gather(1, target) * mask).sum()
             grad = logp.exp_()  # softmax, and minus one-hot:
             grad.scatter_add_(1, target, -torch.ones_like(target, dtype=grad.dtype))
-            grad = grad.mul_(mask).to(dtype)  # not yet / n_valid: float16 would round it to 0
+            grad = grad.mul_(mask).to(dtype)  # / n_valid later: float16 would round to 0
             x_grad[rows] = grad @ w
             w_grad += grad.T @ x[rows]
         ctx.save_for_backward(x_grad, w_grad, n_valid)
@@ -398,7 +398,7 @@ def find_device(name="auto"):
     """auto -> the fastest device here. SystemExit if torch cannot use it."""
     if name == "auto":
         mps = torch.backends.mps.is_available()
-        return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         torch.ones(1, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -422,7 +422,7 @@ def best_dtype(device):
 
 def tune_malloc():
     """Let Linux's malloc keep large freed arrays instead of returning them to the system. On a CPU
-    this saves a seventh of a training step and over half of sampling long texts (study/log.md)."""
+    this saves a seventh of a training step and over half of sampling long texts."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-1, 1 << 30)          # M_TRIM_THRESHOLD
         if not libc.mallopt(-3, 1 << 30):  # M_MMAP_THRESHOLD

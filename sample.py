@@ -25,11 +25,9 @@ def find_run(path):
     """A run's folder or a checkpoint file -> the checkpoint file."""
     path = Path(path)
     file = path if path.is_file() else path / "ckpt.pt"
-    if not file.is_file() and path.parts[:1] == ("roneneldan",):
-        raise SystemExit(f"Import the released model first: python -m study.hf {path.as_posix()}")
     if not file.is_file():
-        raise SystemExit(f"{path} has no trained model. Use data/demo_model, or train one: "
-                         "python train.py config/demo.py")
+        raise SystemExit(f"{path} has no trained model. Use data/demo_model, train one (python "
+                         "train.py config/demo.py) or import one (python -m study.hf)")
     return file
 
 

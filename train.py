@@ -160,7 +160,7 @@ def load_dataset(name):
         if name not in prepare.SAMPLES and name not in prepare.SOURCES:
             raise SystemExit(f"There is no data set {name!r}. Prepare it first: "
                              f"python prepare.py {shlex.quote(name)} --input STORIES.txt")
-        print0(f"Preparing {name} first (python prepare.py {name}):")
+        print0(f"First, python prepare.py {name}:")
         prepare.main([name])
     meta = prepare.read_meta(folder, *prepare.FILES)
     if prepare.grammar_changed(meta):
@@ -189,8 +189,8 @@ def get_batch(file, block_size, rows, seed):
         offset, order = epoch_order(n_windows, block_size, seed, epoch)
         start = offset + int(order[i]) * block_size
         windows.append(data[start:start + block_size + 1].astype(np.int64))
-    batch = torch.from_numpy(np.stack(windows))  # (rows, block_size + 1)
-    return batch[:, :-1], batch[:, 1:]
+    batch = np.stack(windows)  # (rows, block_size + 1)
+    return torch.tensor(batch[:, :-1]), torch.tensor(batch[:, 1:])
 
 
 def validation_batches(file, eot, block_size, eval_tokens, rows=16):
@@ -242,9 +242,9 @@ def orthogonalize(x):
     """Matrices (n, rows, columns) -> nearest matrices with all singular values near 1, by five
     Newton-Schulz steps with Keller Jordan's coefficients."""
     tall = x.size(-2) > x.size(-1)
-    x = x.to(best_dtype(x.device.type))
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = x.to(best_dtype(x.device.type))
     for _ in range(5):
         a = x @ x.mT
         b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)  # -4.7750 a + 2.0315 a @ a
@@ -315,7 +315,7 @@ class Run:
     log: list = field(default_factory=list)  # one dict per line of log.csv
 
 
-COUNTERS = [f.name for f in fields(Run)][3:]  # plain values
+COUNTERS = [f.name for f in fields(Run)][3:]
 
 
 def save_checkpoint(settings, run, meta):
@@ -371,6 +371,8 @@ def load_checkpoint(settings, run, meta):
                          "--init_from.")
     run.model.load_weights(checkpoint["model"], path)
     for optimizer, state in zip(run.optimizers, states):
+        for group, saved in zip(optimizer.param_groups, state["param_groups"]):
+            saved["fused"] = group.get("fused")  # of this device
         optimizer.load_state_dict(state)
     run.scaler.load_state_dict(checkpoint["scaler"] or run.scaler.state_dict())
     for name in COUNTERS:
@@ -434,10 +436,10 @@ def print0(text, file=None):
 
 def setup_device(settings):
     """Connect this process with the others -> device, number format, autocast context."""
+    if torch.cuda.is_available() and settings.device != "cpu":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     name = find_device(settings.device)
-    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
-    if name == "cuda":
-        torch.cuda.set_device(device)
+    device = torch.device(name)
     if WORLD_SIZE > 1:  # the others wait while one downloads the data
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=4))
     dtype = best_dtype(name) if settings.dtype == "auto" else getattr(torch, settings.dtype)
@@ -448,7 +450,7 @@ def setup_device(settings):
 
 
 def all_reduce_gradients(model):
-    """Replace each gradient by its mean over all processes, in one all-reduce."""
+    """Replace each gradient by its mean over all processes."""
     grads = [p.grad for p in model.parameters()]
     vector = nn.utils.parameters_to_vector(grads)
     dist.all_reduce(vector)
@@ -463,17 +465,18 @@ def choose_micro_batch(settings, device):
     if device.type == "cpu":
         return min(rows, max(1, 4_096 // settings.block_size))
     bytes_per_row = 48 * settings.n_layer * settings.n_embd * settings.block_size  # roughly
-    memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 8e9
+    memory = torch.cuda.mem_get_info()[0] if device.type == "cuda" else 2e9
     return min(rows, max(1, int(0.6 * memory / bytes_per_row)))
 
 
 def catch_signals():
-    """-> a list that receives SIGINT, SIGTERM or SIGHUP; a second one ends the process at once."""
+    """-> a list that receives SIGINT, SIGTERM or SIGHUP. Without torchrun, a second one kills."""
     received = []
 
     def handler(number, frame):
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        if WORLD_SIZE == 1:  # torchrun repeats signals
+            signal.signal(number, signal.SIG_DFL)
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
         number = getattr(signal, name, None)
@@ -490,7 +493,7 @@ def announce_duration(settings, device, autocast):
     with autocast:
         _, loss = model(x.to(device), x.to(device))
     loss.backward()
-    tokens = settings.max_steps * settings.total_batch_size / WORLD_SIZE  # for each process
+    tokens = settings.max_steps * settings.total_batch_size / WORLD_SIZE  # each process
     seconds = (time.time() - start) * tokens / x.numel()
     if seconds > 2 * 3600:
         print0(f"This run takes about {seconds / 3600:,.0f} hours on this machine. For a "
@@ -513,9 +516,9 @@ def training_step(run, settings, device, autocast, loss_fn, file, signals):
         rows = range(row, min(row + run.micro_batch, first + n_rows))
         x, y = get_batch(file, settings.block_size, rows, settings.seed)
         if device.type == "cuda":  # pinned memory is copied while the GPU works
-            x, y = x.pin_memory(), y.pin_memory()
+            x, y = (ids.pin_memory().to(device, non_blocking=True) for ids in (x, y))
         with autocast:
-            _, loss = loss_fn(x.to(device, non_blocking=True), y.to(device, non_blocking=True))
+            _, loss = loss_fn(x.to(device), y.to(device))
         loss = loss * (len(rows) / n_rows)
         run.scaler.scale(loss).backward()
         step_loss += loss.detach()
@@ -615,16 +618,16 @@ def train(settings, watch_signals=list):
             settings.log_interval, settings.eval_interval, settings.save_interval))
         print_due = log_due or time.time() - printed > 10  # the first step prints at once
         sample_due = last or run.step in SAMPLE_STEPS
-        if WORLD_SIZE > 1 and (log_due or save_due or device.type == "cpu"):
+        if WORLD_SIZE > 1 and (run.step % 10 == 0 or device.type == "cpu"):
             stop_votes = torch.tensor(len(signals), device=device)
             dist.all_reduce(stop_votes)  # all processes stop after the same step
             stop = stop_votes.item() > 0
+        if WORLD_SIZE > 1 and (log_due or eval_due or save_due or stop):
+            dist.all_reduce(run.loss_sum)
+            run.loss_sum /= WORLD_SIZE
         if not (print_due or eval_due or sample_due or save_due):
             continue
 
-        if WORLD_SIZE > 1 and (log_due or eval_due or save_due):
-            dist.all_reduce(run.loss_sum)
-            run.loss_sum /= WORLD_SIZE
         loss, grad_norm = float(run.loss_sum) / run.loss_steps, float(grad_norm)  # GPU syncs
         if not math.isfinite(loss if run.scaler.is_enabled() else loss + grad_norm):
             advice = "Try a smaller --learning_rate." if run.step > 1 else "Check model.py."
@@ -634,9 +637,9 @@ def train(settings, watch_signals=list):
         run.seconds += elapsed
         if print_due:
             speed = (run.step - clock_step) * settings.total_batch_size / elapsed
-            left = (settings.max_steps - run.step) * settings.total_batch_size / speed
+            left = round((settings.max_steps - run.step) * settings.total_batch_size / speed)
             print0(f"step {run.step:>6,}/{settings.max_steps:,} | loss {loss:.4f} | lr {lr:.2e} | "
-                   f"{speed:,.0f} tokens/s | {left // 60:.0f}m{left % 60:02.0f}s left")
+                   f"{speed:,.0f} tokens/s | {left // 60}m{left % 60:02}s left")
             printed = time.time()
         if log_due:
             row = {"train_loss": loss, "lr": lr, "grad_norm": grad_norm,
@@ -676,7 +679,7 @@ def train(settings, watch_signals=list):
     if WORLD_SIZE > 1:
         dist.barrier()
         dist.destroy_process_group()
-    if stop:  # perhaps by a signal to another process
+    if stop:  # perhaps because of another process
         raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
     if not saved:
         raise SystemExit(1)

@@ -158,7 +158,8 @@ class Client:
                 if left_out := ", ".join(sorted(self.parameters[turn][0].keys() - sets[0])):
                     tqdm.write(f"{self.name} works without {left_out}: {first_error}", sys.stderr)
                 self.parameters[turn], self.works, self.failures = sets[:1], True, 0
-                return {**reply, "sent": sorted(sets[0])}
+                sent = [name.replace("extra_body", "stream") for name in sorted(sets[0])]
+                return {**reply, "sent": sent}
             tries += 1
             error = f"HTTP {status}: {reply}" if status else reply
             error = common.printable(" ".join(error.replace(self.key, "***").split()))[:300]

@@ -1,5 +1,6 @@
 """What must be true of the grammar, tokenizers, data sets and downloads: a list of claims."""
 
+import argparse
 import contextlib
 import gzip
 import hashlib
@@ -20,7 +21,7 @@ import regex
 import prepare
 from data import common, facts
 from data.bpe import BPE_PATTERN, merge, prune_bpe, train_bpe
-from data.client import read_lines
+from data.client import above_zero, read_lines
 from data.common import download
 from data.grammar import Story, read_grammar, split_sentences
 
@@ -448,6 +449,12 @@ def test_the_token_is_sent_to_the_hub_only_and_never_printed(fetch, monkeypatch)
 def test_without_a_network_the_hint_comes_first(tmp_path):
     with pytest.raises(SystemExit, match="^Without a network: python train.py.*refused"):
         download("http://127.0.0.1:9/f", tmp_path / "f")
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "1e99"])
+def test_a_limit_is_a_number_above_zero(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="above 0"):
+        above_zero(float)(text)
 
 
 def test_a_damaged_line_is_left_out_of_a_log_but_is_an_error_in_stories(tmp_path):

@@ -25,7 +25,7 @@ from data import common
 from data.facts import decided_words, held_out_stories, required_texts, split_story
 from model import NonFiniteLogits
 
-LIMIT = 1.2             # of sampled texts, times the tokens of the longest true one
+LENGTH_FACTOR = 1.2     # sampled texts have at most this times the tokens of the longest true one
 CHECKS = {
     "grammar": 'a or an, no word twice in a row, capitals, full stops, quotes',
     "pronoun": "he, she, him, her ... while all people are of one gender",
@@ -76,17 +76,18 @@ def check_endings(stories, endings):
 def generate_endings(model, tokenizer, stories, seed=0, temperature=1.0):
     """Let a model continue stories after their first scenes, all at once -> list of str."""
     prompts, true_endings = zip(*map(split_story, stories))
-    endings = sample.generate_texts(model, tokenizer, prompts, limit(tokenizer, true_endings),
+    endings = sample.generate_texts(model, tokenizer, prompts, max_tokens(tokenizer, true_endings),
                                     temperature, seed=seed)
     return [ending.strip() for ending in endings]
 
 
-def limit(tokenizer, true_texts):
-    return int(LIMIT * max(len(tokenizer.encode_ordinary(text)) for text in true_texts))
+def max_tokens(tokenizer, true_texts):
+    """The limit of sampled texts that should be like the true ones."""
+    return int(LENGTH_FACTOR * max(len(tokenizer.encode_ordinary(text)) for text in true_texts))
 
 
 def held_out(meta, n):
-    """n stories of the grammar that the training stories of a run came from."""
+    """n held-out stories of our grammar. Says so if the run has learned another version of it."""
     if prepare.grammar_changed(meta):
         print("data/grammar.txt has changed since this model was trained: it never saw such "
               "stories.", file=sys.stderr)
@@ -103,7 +104,7 @@ def check_model(model, tokenizer, meta, n):
 def required_words(model, tokenizer, stories, seed, temperature):
     """For a model of instructions -> for each story, which required words it contains."""
     requests = [story.record().partition(" \n\n")[0] for story in stories]
-    longest = limit(tokenizer, [story.text for story in stories])
+    longest = max_tokens(tokenizer, [story.text for story in stories])
     texts = sample.generate_texts(model, tokenizer, requests, longest, temperature, seed=seed)
     words = [re.findall(r"\w+", " ".join(re.findall("Words: (.*)", text))) for text in requests]
     return [[bool(re.search(rf"\b{word}", text, re.I)) for word in row]
@@ -186,7 +187,7 @@ def autopsy(model, tokenizer, story, ending):
     """What happened at the first wrong word of an ending -> text."""
     position, wrong, right = first_wrong_word(story, ending)
     before = f"{split_story(story)[0]}\n\n{ending[:position]}"
-    ids = sample.encode_prompt(tokenizer, before, model.config.block_size)
+    ids = [tokenizer.eot_token, *tokenizer.encode_ordinary(before.rstrip(" "))]
     ids = ids[-model.config.block_size:]
     idx = torch.tensor([ids], device=model.token_embedding.weight.device)       # (1, T)
     p = model(idx)[0][0, -1].float().softmax(0)                                 # (V,)

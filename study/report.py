@@ -38,12 +38,13 @@ td { padding: .2em .6em; border-bottom: 1px solid #ccc } table, details { margin
 pre { white-space: pre-wrap; font: inherit } i { color: #777 } pre + pre { color: #246 }</style>"""
 
 
-def logged_stories(log, task):
-    """The stories that a grades.jsonl has replies about."""
+def logged_stories(logs, task):
+    """The stories that files grades.jsonl have replies about."""
     stories = {}
-    for line in grade.read_lines(log):
-        if line.get("task") == task and "turn" in line:
-            stories[line["model"], render_page(line)] = {**line, "folder": log.parent}
+    for log in logs:
+        for line in grade.read_lines(log):
+            if line.get("task") == task and "turn" in line:
+                stories[line["model"], render_page(line)] = {**line, "folder": log.parent}
     return [*stories.values()]
 
 
@@ -65,11 +66,11 @@ def mean_grade(item):
     return np.mean([item["grades"][metric] for metric in METRICS])
 
 
-def normalized_score(stories, by):
+def normalized_score(stories, by_model):
     """Where a model is between random words (0 %) and true endings (100 %), with half of its 95 %
     interval, on the prompts that all three have (delta method); None if there is no such scale."""
     model, best, worst = (by_prompt(items, *METRICS) for items in (
-        stories, by.get(ANCHORS[0], []), by.get(ANCHORS[-1], [])))
+        stories, by_model.get(ANCHORS[0], []), by_model.get(ANCHORS[-1], [])))
     prompts = [prompt for prompt in model if prompt in best and prompt in worst]
     gains, scales = (np.array([np.mean(grades[p]) - np.mean(worst[p]) for p in prompts])
                      for grades in (model, best))
@@ -122,21 +123,22 @@ def agreement_rows(items):
     return rows
 
 
-def difference_rows(by, models):
+def difference_rows(by_model, models):
     """All pairs of models: the difference of each grade, on the prompts that both have."""
     rows = {}
     for a, b in itertools.combinations(models, 2):
         row = rows[f"{a} - {b}"] = {}
         for metric in METRICS:
-            interval = grade.paired_interval(by_prompt(by[a], metric), by_prompt(by[b], metric))
+            pair = (by_prompt(by_model[name], metric) for name in (a, b))
+            interval = grade.paired_interval(*pair)
             row[metric] = grade.format_interval(interval, "+.2f")
     return rows
 
 
-def probe_rows(by):
+def probe_rows(by_model):
     """Right/partly/wrong for each kind of probe, as in the paper's Figures 9-11."""
     rows = {}
-    for name, items in by.items():
+    for name, items in by_model.items():
         counts = Counter((item.get("kind") or "all", item["grades"].get("verdict"))
                          for item in items)
         rows[name] = {kind: "/".join(str(counts[kind, verdict]) for verdict in VERDICTS)
@@ -186,13 +188,13 @@ def html_table(rows):
     return "<table><tr>" + "</tr>\n<tr>".join(lines) + "</tr></table>" if rows else "<p>none</p>"
 
 
-def plot_grades(by, title):
+def plot_grades(by_model, title):
     """Grades and their intervals -> an <img> that contains the picture."""
     figure, file = Figure(figsize=(9, 4.5), layout="constrained"), io.BytesIO()
     ax = figure.subplots()
-    for i, (name, items) in enumerate(by.items()):
+    for i, (name, items) in enumerate(by_model.items()):
         intervals = [mean_interval(by_prompt(items, metric).values()) for metric in METRICS]
-        x = np.arange(len(METRICS)) + 0.7 * ((i + 0.5) / len(by) - 0.5)     # side by side
+        x = np.arange(len(METRICS)) + 0.7 * ((i + 0.5) / len(by_model) - 0.5)     # side by side
         ax.errorbar(x, *np.transpose(intervals), fmt="x" if name in ANCHORS else "o", capsize=3,
                     label=name.replace("$", r"\$"))
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
@@ -227,36 +229,37 @@ def main(argv=None):
     parser.set_defaults(judge="")
     args = grade.parse_args(parser, argv)
     logs = [Path(run) for run in args.runs if Path(run).name == grade.LOG]
-    items = [story for log in logs for story in logged_stories(log, args.task)]
-    items = items or grade.gather(args)
+    if 0 < len(logs) < len(args.runs):
+        parser.error(f"give either runs or files {grade.LOG}, not both")
+    items = logged_stories(logs, args.task) or grade.gather(args)
     judges = [x for x in judges_in(items) if args.judge in ("", x[0]) and args.repeat == x[2]]
     if judges:
         grade.attach_replies(items, *judges[0])
     if not any(item["replies"] for item in items):
         raise SystemExit(f"No replies yet. First: python grade.py {shlex.join(sys.argv[1:])}")
-    by, rows = grade.items_by_model(items), grade.summary_rows(items)
+    by_model, rows = grade.items_by_model(items), grade.summary_rows(items)
     judge = describe_judge(judges[0][0], "", args.repeat)
-    models = [model for model in by if model not in ANCHORS]
+    models = [model for model in by_model if model not in ANCHORS]
     title = escape(f"{', '.join(models)}: graded by {judge}")
     parts = [HEAD, f"<title>{title}</title><h1>{title}</h1>", html_table(judge_rows(items))]
     if args.task == "probes":
-        kinds = probe_rows(by) | paper_rows(by, ("knowledge", "reasoning", "context"))
+        kinds = probe_rows(by_model) | paper_rows(by_model, ("knowledge", "reasoning", "context"))
         parts += [html_table(rows), "<h2>Right / partly / wrong</h2>", html_table(kinds)]
     else:
-        for model, stories in by.items():
+        for model, stories in by_model.items():
             rows[model]["prompts"] = len(by_prompt(stories, *METRICS))
-            if model in models and (score := normalized_score(stories, by)):
+            if model in models and (score := normalized_score(stories, by_model)):
                 rows[model]["anchor-normalized"] = grade.format_interval(score, ".0f") + " %"
-        paper = paper_rows(by, ["instruct"] if args.task == "instruct" else METRICS)
+        paper = paper_rows(by_model, ["instruct"] if args.task == "instruct" else METRICS)
         order = {True: "in order", False: "NOT in order", None: "too few to order"}
         parts += [
             html_table(rows | paper), "<p>Mean ± half of its 95 % interval over prompts. For this "
-            f"judge, the anchors are {order[grade.anchors_in_order(by)]}.</p>",
-            plot_grades(by, f"graded by {judge}, n = {len(by_prompt(items, *METRICS))} prompts"),
-            "<h2>All pairs of models</h2>", html_table(difference_rows(by, models)),
+            f"judge, the anchors are {order[grade.anchors_in_order(by_model)]}.</p>",
+            plot_grades(by_model, f"graded by {judge}, {len(by_prompt(items, *METRICS))} prompts"),
+            "<h2>All pairs of models</h2>", html_table(difference_rows(by_model, models)),
             "<p>If nothing differs, one in twenty of these intervals excludes 0 by chance.</p>",
             "<h2>Agreement of judges</h2>", html_table(agreement_rows(items)),
-            "<p>With the anchors. They differ more than models: this raises correlations.</p>"]
+            "<p>Anchors raise the correlation, because they differ more than models.</p>"]
     words = "_".join(["report", *(Path(run).stem for run in args.runs), judge, args.task])
     path = items[0]["folder"] / (re.sub(r"[^\w.-]", "-", words)[:200] + ".html")
     if path.exists() and not path.read_bytes().startswith(HEAD[:30].encode()):

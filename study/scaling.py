@@ -37,7 +37,8 @@ def plan_runs(name, budgets=None, changes=()):
     """The settings of all runs of a grid. The learning rate is proportional to 1 / width."""
     grid, runs = GRIDS[name], []
     base = train.load_settings([grid["config"]])
-    shapes = itertools.product(budgets or grid["budgets"], grid["widths"], grid["layers"])
+    budgets = sorted(budgets or grid["budgets"])
+    shapes = itertools.product(budgets, grid["widths"], grid["layers"])
     for steps, width, layers in shapes:
         rate = base.learning_rate * base.n_embd / width
         runs.append(train.load_settings([
@@ -56,8 +57,10 @@ def flops_per_token(model):
 
 def measure_run(settings, n):
     """Train one run, or continue it, and measure it -> dict."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     train.train(settings, train.catch_signals)
-    signal.signal(signal.SIGINT, signal.default_int_handler)    # Ctrl-C: as before the training
+    for number, handler in handlers.items():        # Ctrl-C: as before the training
+        signal.signal(number, handler)
     torch.compiler.reset()              # it stops compiling after eight shapes
     model, tokenizer, meta = sample.load_run(settings.out_dir, settings.device)
     losses = read_log(settings.out_dir, "val_loss")
