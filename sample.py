@@ -10,6 +10,7 @@
 
 import argparse
 import codecs
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -96,9 +97,8 @@ def generate_texts(model, tokenizer, prompts, max_new_tokens=400, temperature=0.
     return [tokenizer.decode(row) for row in rows]
 
 
-def print_stream(model, tokenizer, prompt, **sampling):
-    print(common.printable(prompt.rstrip(" ")), end="", flush=True)
-    for piece in stream_text(model, tokenizer, prompt, **sampling):
+def print_stream(prompt, pieces):
+    for piece in itertools.chain([prompt.rstrip(" ")], pieces):
         print(common.printable(piece), end="", flush=True)
     print()
 
@@ -175,10 +175,11 @@ def main(argv=None):
         for line in sys.stdin or []:
             if not line.strip():
                 break
-            print_stream(model, tokenizer, line.rstrip("\n"), **sampling)
+            line = line.rstrip("\n")
+            print_stream(line, stream_text(model, tokenizer, line, **sampling))
             sampling["seed"] += 1
     elif len(rows) == 1:
-        print_stream(model, tokenizer, prompts[0], **sampling)
+        print_stream(prompts[0], stream_text(model, tokenizer, prompts[0], **sampling))
     else:
         for prompt, story in zip(rows, generate_texts(model, tokenizer, rows, **sampling)):
             print(common.printable(prompt.rstrip(" ") + story) + "\n" + "-" * 40)
