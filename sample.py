@@ -18,6 +18,7 @@ from pathlib import Path
 import prepare
 from data import common
 from data.grammar import FIELDS, format_instructions
+from data.text import shorten_spaces
 from model import best_dtype, find_device, load_model, tune_malloc
 
 # -------------------- loading a run
@@ -48,8 +49,7 @@ def load_run(path, device="auto", dtype=None, without=()):
     model.to(device, dtype or best_dtype(device))
     tokenizer = prepare.load_tokenizer(path.parent)
     if tokenizer.n_vocab != model.config.vocab_size:
-        raise SystemExit(f"{path.parent}: the tokenizer has {tokenizer.n_vocab} tokens, the model "
-                         f"{model.config.vocab_size}. They belong to different runs.")
+        raise SystemExit(f"{path.parent}: model and tokenizer belong to different runs")
     return model.eval(), tokenizer, prepare.read_meta(path.parent)
 
 
@@ -68,7 +68,7 @@ def results_folder(path):
 def encode_prompt(tokenizer, prompt, block_size):
     """The ids of the prompt after an end token: in training, each story follows one. A space at the
     end is dropped: it is part of the next token."""
-    ids = [tokenizer.eot_token, *tokenizer.encode_ordinary(prompt.rstrip(" "))]
+    ids = [tokenizer.eot_token, *tokenizer.encode_ordinary(shorten_spaces(prompt.rstrip(" ")))]
     if len(ids) > block_size:
         print(f"The prompt has {len(ids)} tokens; the model's context is {block_size}, so it reads "
               f"the last {block_size // 2}.", file=sys.stderr)
@@ -156,8 +156,8 @@ def main(argv=None):
     if instructions and args.prompt:
         parser.error("give either --prompt or instructions, not both")
     prompts = args.prompt or [format_instructions(instructions) if instructions else ""]
-    if "-" in prompts and (len(args.runs) > 1 or len(prompts) > 1):
-        parser.error("--prompt - works with one model and no other prompt")
+    if "-" in prompts and len(args.runs) * len(prompts) * args.num_samples > 1:
+        parser.error("--prompt - works with one model, no other prompt and no -n")
 
     sampling = {name: getattr(args, name) for name in
                 ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}

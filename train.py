@@ -315,7 +315,7 @@ class Run:
     log: list = field(default_factory=list)  # one dict per line of log.csv
 
 
-COUNTERS = [f.name for f in fields(Run)][3:]
+COUNTERS = [f.name for f in fields(Run)][3:]  # not the objects
 
 
 def save_checkpoint(settings, run, meta):

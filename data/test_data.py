@@ -19,8 +19,9 @@ import pytest
 import regex
 
 import prepare
+import sample
 from data import common, facts
-from data.bpe import BPE_PATTERN, merge, prune_bpe, train_bpe
+from data.bpe import BPE_PATTERN, make_encoding, merge, prune_bpe, train_bpe
 from data.client import above_zero, read_lines
 from data.common import download
 from data.grammar import Story, read_grammar, split_sentences
@@ -258,6 +259,9 @@ def test_long_white_space_and_long_words_are_harmless(tmp_path):
     meta, train, val = run(tmp_path, text)
     assert meta["counts"] == {"repaired: long runs of white space": 1}
     assert meta["vocab_size"] == run(tmp_path, many(31), name="plain")[0]["vocab_size"]
+    encoding = make_encoding({bytes([i]): i for i in range(256)})
+    ids = sample.encode_prompt(encoding, "a" + " " * 1_000_000 + "b", block_size=10)
+    assert ids == [256, *b"a  b"]
 
 
 def test_a_data_set_is_prepared_once(tmp_path, capsys):

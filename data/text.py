@@ -22,6 +22,11 @@ HINT = (f"Put a line {EOT} between stories, or use --separator '\\n' (one story 
         "--separator '\\n\\n' (blank lines between stories).")
 
 
+def shorten_spaces(text):
+    """Two instead of a thousand or more: tiktoken fails on a million."""
+    return re.sub(r"(\s\s)\s{998,}", r"\1", text) if len(text) > 1_000 else text
+
+
 def clean(story, counts):
     """Bytes of a story -> its text, with known faults of the data repaired and counted."""
     text = story.decode("utf-8", errors="replace")
@@ -31,9 +36,8 @@ def clean(story, counts):
         counts["repaired: mojibake"] += 1
         for wrong, right in MOJIBAKE.items():
             text = text.replace(wrong, right)
-    if len(text) > 1_000 and re.search(r"\s{1000}", text):      # tiktoken fails on a million spaces
-        counts["repaired: long runs of white space"] += 1
-        text = re.sub(r"(\s\s)\s{998,}", r"\1", text)
+    length, text = len(text), shorten_spaces(text)
+    counts["repaired: long runs of white space"] += len(text) < length
     return text.replace("\r\n", "\n").strip("\ufeff \t\r\n")
 
 
