@@ -1,6 +1,6 @@
 """What must be true, from stories to grades: a list of claims.
 
-    python -m pytest            # about a minute on two CPU cores, without network, GPU or key
+    python -m pytest            # 1 to 3 minutes on two CPU cores, without network, GPU or key
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""The paper's 21M model with one layer: wide and shallow: it knows words but loses the plot.
+"""The shape of the paper's 21M model: one layer of width 1024. It knows words but loses the plot.
 
     python train.py config/tiny_1l.py
 """

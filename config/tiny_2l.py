@@ -1,4 +1,4 @@
-"""The paper's 33M model with two layers of width 1024.
+"""The shape of one of the paper's 33M models: two layers of width 1024.
 
     python train.py config/tiny_2l.py
 """

@@ -1,4 +1,4 @@
-"""The paper's 33M model: 4 layers of width 768.
+"""The shape of the paper's 33M model: 4 layers of width 768.
 
     python train.py config/tiny_4l.py
 """

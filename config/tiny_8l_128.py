@@ -1,4 +1,4 @@
-"""The paper's 3M model: 8 layers of width 128, where consistency begins.
+"""The shape of the paper's 3M model: 8 layers of width 128, where consistency begins.
 
     python train.py config/tiny_8l_128.py
 """

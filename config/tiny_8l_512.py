@@ -1,4 +1,4 @@
-"""The paper's 28M model: 8 layers of width 512.
+"""The shape of the paper's 28M model: 8 layers of width 512.
 
     python train.py config/tiny_8l_512.py
 """

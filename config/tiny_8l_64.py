@@ -1,4 +1,4 @@
-"""The paper's 1M model: 8 layers of width 64, where grammar begins.
+"""The shape of the paper's 1M model: 8 layers of width 64, where grammar begins.
 
     python train.py config/tiny_8l_64.py
 """
