@@ -433,8 +433,8 @@ def read_checkpoint(path, keys=()):
     """Load a dict of tensors and plain values. ValueError if it is damaged, holds code or lacks one
     of the keys."""
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not check the CRCs
-            if archive.testzip():
+        with zipfile.ZipFile(path) as archive:  # torch.load ignores CRCs, zeroes folders
+            if any(entry.external_attr & 16 for entry in archive.infolist()) or archive.testzip():
                 raise ValueError
         checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
     except OSError:

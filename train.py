@@ -440,7 +440,7 @@ def setup_device(settings):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     name = find_device(settings.device)
     device = torch.device(name)
-    if WORLD_SIZE > 1:  # the others wait while one downloads the data
+    if WORLD_SIZE > 1:  # one downloads, the others wait
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=4))
     dtype = best_dtype(name) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     autocast = torch.autocast(name, dtype) if dtype != torch.float32 else nullcontext()
@@ -531,7 +531,7 @@ def training_step(run, settings, device, autocast, loss_fn, file, signals):
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), settings.grad_clip or math.inf)
-    # In float16, all optimizers skip a step with infinite gradients.
+    # float16: all optimizers skip infinite gradients
     is_valid = not run.scaler.is_enabled() or grad_norm.isfinite()
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
@@ -581,7 +581,7 @@ def train(settings, watch_signals=list):
     device, dtype, autocast = setup_device(settings)
     folder, T = Path(settings.out_dir), settings.block_size
     folder.mkdir(parents=True, exist_ok=True)
-    if RANK > 0:  # wait until the first process has prepared the data
+    if RANK > 0:  # until the data is there
         dist.barrier()
     elif device.type == "cpu" and not (folder / "ckpt.pt").exists():
         announce_duration(settings, device, autocast)
