@@ -434,7 +434,8 @@ def read_checkpoint(path, keys=()):
     of the keys."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load ignores CRCs, zeroes folders
-            if any(entry.external_attr & 16 for entry in archive.infolist()) or archive.testzip():
+            if archive.testzip() or any(
+                    e.compress_type or e.external_attr & 16 for e in archive.infolist()):
                 raise ValueError
         checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
     except OSError:

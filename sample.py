@@ -149,7 +149,7 @@ def main(argv=None):
     add_sampling_options(parser, temperature=0.8)
     args = parse_args(parser, argv)
     if args.num_samples < 1 or not 0 < args.max_new_tokens < 1_000_000:
-        parser.error("-n and --max_new_tokens must be at least 1, and below a million")
+        parser.error("-n and --max_new_tokens must be at least 1 and below a million")
     if args.top_k < 0 or not 0 < args.top_p <= 1:
         parser.error("--top_k must not be negative, and --top_p must be in (0, 1]")
     instructions = {field: vars(args)[field] for field in FIELDS if vars(args)[field]}
@@ -157,7 +157,7 @@ def main(argv=None):
         parser.error("give either --prompt or instructions, not both")
     prompts = args.prompt or [format_instructions(instructions) if instructions else ""]
     if "-" in prompts and len(args.runs) * len(prompts) * args.num_samples > 1:
-        parser.error("--prompt - works with one model, no other prompt and no -n")
+        parser.error("--prompt - works with one model, prompt and sample")
 
     sampling = {name: getattr(args, name) for name in
                 ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}

@@ -3,7 +3,6 @@
     python -m pytest            # 1 to 3 minutes on two CPU cores, without network, GPU or key
 """
 
-import contextlib
 import copy
 import dataclasses
 import http.server
@@ -464,8 +463,10 @@ def test_any_flipped_bit_in_a_checkpoint_is_detected_or_harmless(finished, tmp_p
         damaged = bytearray(content)
         damaged[i] ^= 16 if i in flags else 1 << rng.randrange(8)
         (tmp_path / "ckpt.pt").write_bytes(damaged)
-        with contextlib.suppress(ValueError, OSError):
+        try:
             assert_equal_weights(weights(finished), weights(tmp_path))
+        except ValueError as error:
+            assert "damaged" in str(error)
 
 
 def test_a_checkpoint_with_code_is_not_loaded(tmp_path):
@@ -518,29 +519,27 @@ def test_weights_that_are_not_finite_are_never_saved(data, tmp_path):
     assert (tmp_path / "ckpt.pt").read_bytes() == before
 
 
-def first_step(data, tmp_path, loss_fn, scaler=False, device="cpu"):
-    """Make one step with a loss_fn(model) -> the run, and the weights before."""
+def first_step(data, tmp_path, bad=0.0, scaler=False, device="cpu"):
+    """One step; only the embedding may have a bad gradient -> the run, and the weights before."""
     options, device = settings(data, tmp_path), torch.device(device)
     model = GPT(train.model_config(options)).to(device)
     run = train.Run(model, train.make_optimizers(model, options, device),
                     torch.amp.GradScaler("cpu", enabled=scaler), loss_sum=torch.tensor(1.0))
     before, run.micro_batch = copy.deepcopy(model.state_dict()), 8
-    train.training_step(run, options, device, torch.autocast("cpu", enabled=False),
-                        lambda x, y: (None, loss_fn(model)), data / "train.bin", [])
+    train.training_step(run, options, device, torch.autocast("cpu", enabled=False), lambda x, y: (
+        None, sum(p.sum() for p in model.parameters()) + bad * model.token_embedding.weight.sum()),
+        data / "train.bin", [])
     return run, before
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_in_float16_all_optimizers_skip_a_step_or_none(data, tmp_path, bad):
-    def loss_fn(model):     # only the gradient of the embedding is bad
-        return sum(p.sum() for p in model.parameters()) + bad * model.token_embedding.weight.sum()
-    run, before = first_step(data, tmp_path, loss_fn, scaler=True)
+    run, before = first_step(data, tmp_path, bad, scaler=True)
     assert_equal_weights(before, run.model.state_dict())
 
 
 def test_a_run_continues_on_another_device(data, tmp_path):
-    run, _ = first_step(data, tmp_path, lambda model: sum(p.sum() for p in model.parameters()),
-                        device="meta")                      # a checkpoint is loaded on the CPU
+    run, _ = first_step(data, tmp_path, device="meta")      # a checkpoint is loaded on the CPU
     assert run.loss_sum.device.type == "meta"
 
 

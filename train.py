@@ -440,7 +440,7 @@ def setup_device(settings):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     name = find_device(settings.device)
     device = torch.device(name)
-    if WORLD_SIZE > 1:  # one downloads, the others wait
+    if WORLD_SIZE > 1:  # one downloads, others wait
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=4))
     dtype = best_dtype(name) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     autocast = torch.autocast(name, dtype) if dtype != torch.float32 else nullcontext()
@@ -581,8 +581,8 @@ def train(settings, watch_signals=list):
     device, dtype, autocast = setup_device(settings)
     folder, T = Path(settings.out_dir), settings.block_size
     folder.mkdir(parents=True, exist_ok=True)
-    if RANK > 0:  # until the data is there
-        dist.barrier()
+    if RANK > 0:
+        dist.barrier()  # until the data is there
     elif device.type == "cpu" and not (folder / "ckpt.pt").exists():
         announce_duration(settings, device, autocast)
     data, meta = load_dataset(settings.dataset)
@@ -679,7 +679,7 @@ def train(settings, watch_signals=list):
     if WORLD_SIZE > 1:
         dist.barrier()
         dist.destroy_process_group()
-    if stop:  # perhaps because of another process
+    if stop:  # or another process
         raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
     if not saved:
         raise SystemExit(1)

@@ -2,9 +2,9 @@
 
     python train.py config/demo.py
 
-3.4 minutes on two CPU cores with bfloat16, 12 minutes on two older ones, up to an hour on an old
-core. Loss of whole stories: 0.273 to 0.274 nats per token (seeds 1 and 2: 0.277, 0.274); entropy of
-the grammar: 0.261.
+3.4 minutes on two CPU cores with bfloat16, 12 minutes on two older ones, 18 on one of those. Loss
+of whole stories: 0.273 to 0.274 nats per token (seeds 1 and 2: 0.277, 0.274); entropy of the
+grammar: 0.261.
 """
 dataset = "sample"
 n_layer, n_head, n_embd, block_size = 2, 6, 192, 256

@@ -22,7 +22,7 @@ import prepare
 import sample
 from data import common, facts
 from data.bpe import BPE_PATTERN, make_encoding, merge, prune_bpe, train_bpe
-from data.client import above_zero, read_lines
+from data.client import add_server_options, read_lines
 from data.common import download
 from data.grammar import Story, read_grammar, split_sentences
 
@@ -455,10 +455,14 @@ def test_without_a_network_the_hint_comes_first(tmp_path):
         download("http://127.0.0.1:9/f", tmp_path / "f")
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "nan", "1e99"])
-def test_a_limit_is_a_number_above_zero(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="above 0"):
-        above_zero(float)(text)
+@pytest.mark.parametrize("option", ["--timeout=-1", "--timeout=nan", "--timeout=1e99",
+                                    "--workers=0", "--max-tokens=-1", "--max-cost=nan"])
+def test_a_limit_is_a_number_above_zero(option, capsys):
+    parser = argparse.ArgumentParser()
+    add_server_options(parser)
+    with pytest.raises(SystemExit) as stopped:
+        parser.parse_args([option])
+    assert stopped.value.code == 2 and "above 0" in capsys.readouterr().err
 
 
 def test_a_damaged_line_is_left_out_of_a_log_but_is_an_error_in_stories(tmp_path):

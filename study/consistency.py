@@ -86,7 +86,7 @@ def max_tokens(tokenizer, true_texts):
     return int(LENGTH_FACTOR * max(len(tokenizer.encode_ordinary(text)) for text in true_texts))
 
 
-def held_out(meta, n):
+def held_out_for_run(meta, n):
     """n held-out stories of our grammar. Says so if the run has learned another version of it."""
     if prepare.grammar_changed(meta):
         print("data/grammar.txt has changed since this model was trained: it never saw such "
@@ -96,7 +96,7 @@ def held_out(meta, n):
 
 def check_model(model, tokenizer, meta, n):
     """Let a model end n held-out stories -> {check: % of its endings that pass it}."""
-    stories = held_out(meta, n)
+    stories = held_out_for_run(meta, n)
     rates = check_endings(stories, generate_endings(model, tokenizer, stories))
     return {check: rate for check, (rate, _) in rates.items()}
 
@@ -219,7 +219,7 @@ def main(argv=None):
     if meta.get("dataset") not in prepare.SAMPLES:
         raise SystemExit(f"{args.run} was not trained on {' or '.join(prepare.SAMPLES)}. "
                          "Train such a model: python train.py config/demo.py")
-    stories = held_out(meta, args.n)
+    stories = held_out_for_run(meta, args.n)
     if meta.get("instruct"):
         used = required_words(model, tokenizer, stories, args.seed, args.temperature)
         print(f"{np.mean(sum(used, [])):.0%} of the required words are in their stories; "

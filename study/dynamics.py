@@ -106,7 +106,7 @@ def main(argv=None):
                 row[f"{name}, % right"] = f"{rate:.0f}"
     table = common.format_table(cells)
     parts = [f"# What {folder.resolve().name} learned when", table,
-             f"Losses in nats per token (after the last step, often of more validation text); % of "
+             "Losses in nats per token (after the last step, often of more validation text); % of "
              f"{N_STORIES} endings that pass each check of study/consistency.py.",
              "![curves](dynamics.png)"]
     parts += [f"{prompt} ...\n\n{lines}" for prompt, lines in continuations.items()]

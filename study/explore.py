@@ -22,7 +22,7 @@ import prepare
 import sample
 from data import common
 from data.facts import held_out_stories, revealed_nats, split_story
-from study.consistency import first_wrong_word, generate_endings, held_out
+from study.consistency import first_wrong_word, generate_endings, held_out_for_run
 
 MAX_MB = 60
 STORIES = 8                 # held-out stories of the grammar in the page
@@ -107,7 +107,7 @@ def build_page(model, tokenizer, meta, name):
     texts = [[eot, *tokenizer.encode_ordinary(text)][:config.block_size] for text in texts]
     ids, (values, places) = sum(texts, []), top_tokens(model, texts)
     largest = values[:, 0].topk(min(12, len(values))).indices.tolist()
-    stories = held_out(meta, 100) if dataset == "sample" else []    # of our own grammar
+    stories = held_out_for_run(meta, 100) if dataset == "sample" else []    # of our own grammar
     endings = generate_endings(model, tokenizer, stories) if stories else []
     wrong = [pair for pair in zip(stories, endings) if first_wrong_word(*pair)]
     return {
